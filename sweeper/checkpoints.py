@@ -1,0 +1,567 @@
+"""Checkpoints as bytes: write, commit, find, validate, prune. No torch here.
+
+A checkpoint is a directory `step_00000123/` whose MANIFEST.json holds size and digest of every
+file and of itself. It exists once it was renamed into place; it is *valid* when name, owner,
+set of files, sizes, digests, run and lineage all agree. Only then are its files opened.
+
+Protocol of a commit (DESIGN section 5): write and fsync each file in `.tmp-<epoch>-<nonce>/`,
+manifest last → fsync the directory → the lease still holds → rename → fsync the parent → the
+database takes it → pointer → prune.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from sweeper import fsops, rundir
+from sweeper.errors import CheckpointRefused, Fenced
+
+SCHEMA_VERSION = 1
+ALGORITHM = "blake3"
+MANIFEST = "MANIFEST.json"
+POINTER = "trainer_checkpoint.json"
+STAGES = "stage_status.json"
+CONDEMNED = ".condemned"
+TRASH = ".trash"
+MAX_MANIFEST_BYTES = 4 << 20
+_STEP_NAME = re.compile(r"step_([0-9]{8,12})\Z")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
+_CHUNK_BYTES = 8 << 20
+
+Lineage = tuple[tuple[int, int], ...]
+"""(lease_epoch, step it started from) of each attempt that led here, oldest first."""
+
+
+def step_name(step: int) -> str:
+    """The directory name of a checkpoint: `step_00000123`."""
+    return f"step_{step:08d}"
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """BLAKE3 of `data`, hexadecimal."""
+    return blake3(data).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """MANIFEST.json.
+
+    Attributes:
+        files: Name → (size in bytes, digest).
+        parent_step: Step of the checkpoint this attempt resumed from; None if it started at 0.
+        digest: Digest of the manifest's own remaining bytes in canonical form.
+    """
+
+    run_id: str
+    step: int
+    lease_epoch: int
+    lineage: Lineage
+    parent_step: int | None
+    config_digest: str
+    world_size: int
+    files: Mapping[str, tuple[int, str]]
+    digest: str = ""
+
+    def body(self) -> dict[str, Any]:
+        """Everything but the manifest's own digest, as plain JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "algorithm": ALGORITHM,
+            "run_id": self.run_id,
+            "step": self.step,
+            "lease_epoch": self.lease_epoch,
+            "lineage": [list(pair) for pair in self.lineage],
+            "parent_step": self.parent_step,
+            "config_digest": self.config_digest,
+            "world_size": self.world_size,
+            "files": {name: {"size_bytes": size, "digest": value} for name, (size, value) in self.files.items()},
+        }
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes, with the digest of the rest as the last word on them."""
+        body = self.body()
+        return _canonical({**body, "manifest_digest": digest(_canonical(body))})
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read a manifest. Raises CheckpointRefused unless it is byte for byte what we would write."""
+    try:
+        raw = json.loads(data)
+        manifest = Manifest(
+            run_id=raw["run_id"],
+            step=raw["step"],
+            lease_epoch=raw["lease_epoch"],
+            lineage=tuple((int(epoch), int(start)) for epoch, start in raw["lineage"]),
+            parent_step=raw["parent_step"],
+            config_digest=raw["config_digest"],
+            world_size=raw["world_size"],
+            files={name: (entry["size_bytes"], entry["digest"]) for name, entry in raw["files"].items()},
+            digest=raw["manifest_digest"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointRefused(f"{MANIFEST} is damaged", why=f"{type(error).__name__}: {error}") from error
+    if manifest.to_bytes() != data:
+        raise CheckpointRefused(f"{MANIFEST} is damaged", why="it does not agree with its own digest")
+    return manifest
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+class DigestingFile:
+    """A new file that hashes what is written to it; what `torch.save` gets to write to."""
+
+    def __init__(self, path: Path) -> None:
+        fsops.probe("create", path)
+        self.path = path
+        self.size_bytes = 0
+        self._hasher = blake3()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+
+    def write(self, data: bytes | memoryview) -> int:
+        size = memoryview(data).nbytes
+        fsops.write_all(self._fd, data, self.path)
+        self._hasher.update(data)
+        self.size_bytes += size
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here; `close_durably` is what counts."""
+
+    def close_durably(self) -> str:
+        """fsync, close, and return the digest of everything written."""
+        try:
+            fsops.fsync_file(self._fd, self.path)
+        finally:
+            os.close(self._fd)
+        return self._hasher.hexdigest()
+
+
+@dataclass(slots=True)
+class Draft:
+    """A checkpoint being written: *partial* until `commit`."""
+
+    root: Path
+    run_id: str
+    step: int
+    lease_epoch: int
+    lineage: Lineage
+    parent_step: int | None
+    config_digest: str
+    world_size: int = 1
+    directory: Path = field(init=False)
+    files: dict[str, tuple[int, str]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.directory = self.root / f".tmp-{self.lease_epoch}-{secrets.token_hex(4)}"
+        fsops.make_dir(self.directory)
+
+    def add(self, name: str, write: Callable[[DigestingFile], None]) -> None:
+        """Write one file through `write(file)`, durably."""
+        file = DigestingFile(self.directory / name)
+        try:
+            write(file)
+        except BaseException:
+            os.close(file._fd)
+            raise
+        self.files[name] = (file.size_bytes, file.close_durably())
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Write one small file."""
+        self.add(name, lambda file: void(file.write(data)))
+
+    def seal(self) -> Manifest:
+        """Write the manifest last and make the directory durable."""
+        manifest = Manifest(
+            run_id=self.run_id,
+            step=self.step,
+            lease_epoch=self.lease_epoch,
+            lineage=self.lineage,
+            parent_step=self.parent_step,
+            config_digest=self.config_digest,
+            world_size=self.world_size,
+            files=dict(self.files),
+        )
+        data = manifest.to_bytes()
+        fsops.write_new(self.directory / MANIFEST, data)
+        fsops.fsync_dir(self.directory)
+        return parse_manifest(data)
+
+
+def void(_: object) -> None:
+    """Discard a value."""
+
+
+def commit(
+    draft: Draft,
+    *,
+    check_lease: Callable[[], None],
+    record: Callable[[Manifest], None],
+    committed_at: str,
+) -> Manifest:
+    """Make a draft the run's newest checkpoint.
+
+    Args:
+        draft: With all its files added.
+        check_lease: Raises Fenced when the run belongs to somebody else. Then the draft stays
+            where it is: a fenced process deletes nothing.
+        record: Tells the database, guarded by the lease; raises Fenced likewise.
+        committed_at: UTC time for the pointer, for people.
+
+    Raises:
+        Fenced: The lease is lost.
+        OSError: The disk refused; older checkpoints are untouched.
+    """
+    manifest = draft.seal()
+    check_lease()
+    target = draft.root / step_name(draft.step)
+    _rename_into_place(draft, target)
+    fsops.fsync_dir(draft.root)
+    record(manifest)
+    write_pointer(draft.root, manifest, committed_at=committed_at)
+    return manifest
+
+
+def _rename_into_place(draft: Draft, target: Path) -> None:
+    try:
+        fsops.rename(draft.directory, target)
+        return
+    except OSError:
+        if not target.is_dir() or target.is_symlink():
+            raise
+    aside = draft.root / f".aside-{draft.lease_epoch}-{secrets.token_hex(4)}"
+    fsops.rename(target, aside)
+    if _epoch_of(aside) > draft.lease_epoch:
+        fsops.rename(aside, target)
+        raise Fenced(
+            f"run {draft.run_id}: step {draft.step} was already written by a newer owner",
+            why=f"this attempt has lease epoch {draft.lease_epoch}",
+        )
+    fsops.rename(draft.directory, target)
+    _move_into(aside, draft.root / TRASH)
+
+
+def _epoch_of(directory: Path) -> int:
+    try:
+        return read_manifest(directory).lease_epoch
+    except CheckpointRefused:
+        return 0
+
+
+def write_pointer(root: Path, manifest: Manifest, *, committed_at: str) -> None:
+    """Point at the newest checkpoint: a hint for people and tools, repaired from a scan."""
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": manifest.run_id,
+        "step": manifest.step,
+        "lease_epoch": manifest.lease_epoch,
+        "directory": step_name(manifest.step),
+        "manifest_digest": manifest.digest,
+        "committed_at": committed_at,
+    }
+    fsops.replace(root / POINTER, rundir.to_json(data))
+
+
+def write_stages(root: Path, *, stage: str, state: str, step: int) -> None:
+    """Record where the run's stages are. A run without a pipeline has one, named `train`."""
+    data = {"schema_version": 1, "stages": [{"name": stage, "state": state, "global_step": step}]}
+    fsops.replace(root / STAGES, rundir.to_json(data))
+
+
+# --- finding and validating ----------------------------------------------------------------
+
+
+def steps_on_disk(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of everything named like a committed checkpoint, newest first."""
+    found = []
+    try:
+        entries = list(os.scandir(root))
+    except FileNotFoundError:
+        return []
+    for entry in entries:
+        match = _STEP_NAME.match(entry.name)
+        if match and step_name(int(match[1])) == entry.name:
+            found.append((int(match[1]), Path(entry.path)))
+    return sorted(found, reverse=True)
+
+
+def was_ever_committed(root: Path) -> bool:
+    """Whether the disk shows that some checkpoint was committed once, whatever became of it."""
+    if (root / POINTER).exists() or steps_on_disk(root):
+        return True
+    return any((root / name).exists() and any((root / name).iterdir()) for name in (CONDEMNED, TRASH))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint directory, checked against itself only. Raises CheckpointRefused."""
+    try:
+        data = rundir.read_bytes(directory / MANIFEST, limit_bytes=MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise CheckpointRefused(f"{MANIFEST} is missing", why="the checkpoint was never finished") from None
+    except (rundir.Damaged, OSError) as error:
+        raise CheckpointRefused(f"{MANIFEST} cannot be read", why=str(error)) from error
+    return parse_manifest(data)
+
+
+def validate(
+    directory: Path,
+    *,
+    run_id: str,
+    config_digest: str | None = None,
+    starts: Iterable[tuple[int, int]] = (),
+    keep: bool = False,
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Check every byte of a checkpoint.
+
+    Args:
+        directory: The `step_…` directory.
+        run_id: The run it must belong to.
+        config_digest: Digest of the run's config.yaml, when that must agree too.
+        starts: (lease_epoch, step it started from) of known attempts, for the lineage.
+        keep: Return the files' bytes as well: exactly the bytes that were checked.
+
+    Returns:
+        The manifest, and the bytes of each file (empty unless `keep`).
+
+    Raises:
+        CheckpointRefused: With the reason, naming the file.
+    """
+    _check_directory(directory)
+    manifest = read_manifest(directory)
+    if directory.name != step_name(manifest.step):
+        raise CheckpointRefused(f"{MANIFEST} is of step {manifest.step}, not of {directory.name}")
+    if manifest.run_id != run_id:
+        raise CheckpointRefused(f"it belongs to run {manifest.run_id!r}")
+    if config_digest is not None and manifest.config_digest != config_digest:
+        raise CheckpointRefused("it was made with another config.yaml")
+    overtaken = overtaken_by(manifest, starts)
+    if overtaken:
+        raise CheckpointRefused(overtaken)
+    _check_names(directory, manifest)
+    contents = {}
+    for name, (size, expected) in manifest.files.items():
+        data = _check_file(directory / name, size, expected, keep=keep)
+        if keep:
+            contents[name] = data
+    return manifest, contents
+
+
+def overtaken_by(manifest: Manifest, starts: Iterable[tuple[int, int]]) -> str:
+    """Why the lineage forbids this checkpoint; empty when it does not.
+
+    A checkpoint of an older lease epoch, later than the step from which a newer epoch started,
+    was written by an owner that had already lost the run.
+    """
+    for epoch, start in starts:
+        if epoch > manifest.lease_epoch and start < manifest.step:
+            return f"its owner (lease epoch {manifest.lease_epoch}) had lost the run: epoch {epoch} went on from step {start}"
+    return ""
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        status = os.lstat(directory)
+        owner = os.lstat(directory.parent).st_uid
+    except OSError as error:
+        raise CheckpointRefused("it cannot be read", why=error.strerror or str(error)) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise CheckpointRefused("it is not a directory")
+    if status.st_uid != owner:
+        raise CheckpointRefused("it belongs to another user than the run")
+
+
+def _check_names(directory: Path, manifest: Manifest) -> None:
+    bad = [name for name in manifest.files if not _FILE_NAME.match(name) or name == MANIFEST]
+    if bad:
+        raise CheckpointRefused(f"{MANIFEST} names the file {bad[0]!r}")
+    present = set(os.listdir(directory))
+    expected = {MANIFEST, *manifest.files}
+    if missing := sorted(expected - present):
+        raise CheckpointRefused(f"{missing[0]} is missing")
+    if extra := sorted(present - expected):
+        raise CheckpointRefused(f"{extra[0]!r} does not belong to it")
+
+
+def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointRefused(f"{path.name} is not a regular file")
+        if status.st_size != size:
+            raise CheckpointRefused(f"{path.name} has {status.st_size} bytes instead of {size}", why="a torn write?")
+        try:
+            data, found = _read_and_digest(file, size, keep=keep)
+        except OSError as error:
+            raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
+    if found != expected:
+        raise CheckpointRefused(f"{path.name} has the wrong digest", why="damaged on disk or a torn write")
+    return data
+
+
+def _read_and_digest(file: Any, size: int, *, keep: bool) -> tuple[bytes, str]:
+    hasher = blake3()
+    kept = bytearray(size if keep else 0)
+    buffer = memoryview(kept) if keep else memoryview(bytearray(min(size, _CHUNK_BYTES) or 1))
+    done = 0
+    while done < size:
+        part = buffer[done : done + _CHUNK_BYTES] if keep else buffer[: size - done]
+        count = file.readinto(part)
+        if not count:
+            break
+        hasher.update(part[:count])
+        done += count
+    return bytes(kept) if keep else b"", hasher.hexdigest()
+
+
+def known_starts(root: Path) -> set[tuple[int, int]]:
+    """(lease_epoch, start step) of every attempt that the readable manifests on disk tell of."""
+    starts: set[tuple[int, int]] = set()
+    for _, directory in steps_on_disk(root):
+        try:
+            starts.update(read_manifest(directory).lineage)
+        except CheckpointRefused:
+            continue
+    return starts
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """One checkpoint on disk. `reason` is None when it is valid."""
+
+    step: int
+    directory: Path
+    lease_epoch: int | None
+    size_bytes: int
+    reason: str | None
+
+
+def inspect(root: Path, *, run_id: str, config_digest: str | None = None, starts: Iterable[tuple[int, int]] = ()) -> list[Inspected]:
+    """Validate every checkpoint below `root`, newest first. Reads all bytes, changes nothing."""
+    all_starts = known_starts(root) | set(starts)
+    result = []
+    for step, directory in steps_on_disk(root):
+        reason = epoch = None
+        size = 0
+        try:
+            manifest, _ = validate(directory, run_id=run_id, config_digest=config_digest, starts=all_starts)
+            epoch, size = manifest.lease_epoch, sum(size for size, _ in manifest.files.values())
+        except CheckpointRefused as error:
+            reason = str(error)
+        result.append(Inspected(step, directory, epoch, size, reason))
+    return result
+
+
+def newest_valid(root: Path, *, run_id: str, starts: Iterable[tuple[int, int]] = ()) -> int | None:
+    """Step of the newest valid checkpoint, or None. Reads no more than it must."""
+    all_starts = known_starts(root) | set(starts)
+    for step, directory in steps_on_disk(root):
+        try:
+            validate(directory, run_id=run_id, starts=all_starts)
+        except CheckpointRefused:
+            continue
+        return step
+    return None
+
+
+# --- tidying, by the owner only ------------------------------------------------------------
+
+
+def condemn(root: Path, directories: Iterable[Path]) -> None:
+    """Move refused and newer checkpoints out of the way, so that they cannot shadow new ones."""
+    moved = False
+    for directory in directories:
+        _move_into(directory, root / CONDEMNED)
+        moved = True
+    if moved:
+        fsops.fsync_dir(root)
+
+
+def _move_into(directory: Path, place: Path) -> None:
+    fsops.make_dir(place, exist_ok=True)
+    fsops.rename(directory, place / f"{directory.name.lstrip('.')}-{secrets.token_hex(4)}")
+
+
+def prune(
+    root: Path,
+    *,
+    run_id: str,
+    keep_last: int,
+    known_good: set[int],
+    starts: Iterable[tuple[int, int]] = (),
+) -> list[int]:
+    """Keep the newest `keep_last` valid checkpoints; trash older ones.
+
+    Only valid checkpoints of the current lineage count; each is verified once and remembered
+    in `known_good`. Everything newer than the checkpoint this attempt resumed from is its own
+    (`condemn` saw to that), so that one stays until `keep_last` newer ones are durable.
+
+    Returns:
+        The steps that were removed.
+    """
+    kept = 0
+    doomed = []
+    for step, directory in steps_on_disk(root):
+        if kept < keep_last:
+            kept += _counts(step, directory, run_id=run_id, known_good=known_good, starts=starts)
+        else:
+            doomed.append((step, directory))
+    for _, directory in doomed:
+        _move_into(directory, root / TRASH)
+    empty_trash(root)
+    return [step for step, _ in doomed]
+
+
+def _counts(step: int, directory: Path, *, run_id: str, known_good: set[int], starts: Iterable[tuple[int, int]]) -> bool:
+    if step not in known_good:
+        try:
+            validate(directory, run_id=run_id, starts=starts)
+        except CheckpointRefused:
+            return False
+        known_good.add(step)
+    return True
+
+
+def empty_trash(root: Path) -> None:
+    """Unlink what was renamed into the trash."""
+    trash = root / TRASH
+    if trash.is_dir() and not trash.is_symlink():
+        for entry in list(os.scandir(trash)):
+            fsops.remove_tree(Path(entry.path))
+
+
+def clean(root: Path, *, lease_epoch: int) -> None:
+    """Remove partial checkpoints and trash of attempts before `lease_epoch`."""
+    for entry in list(os.scandir(root)):
+        path = Path(entry.path)
+        if fsops.is_temporary(entry.name):
+            fsops.unlink(path, missing_ok=True)
+        elif entry.name.startswith((".tmp-", ".aside-")) and entry.is_dir(follow_symlinks=False):
+            if _epoch_in(entry.name) < lease_epoch:
+                fsops.remove_tree(path)
+    empty_trash(root)
+    if (root / TRASH).is_dir():
+        fsops.probe("rmdir", root / TRASH)
+        (root / TRASH).rmdir()
+
+
+def _epoch_in(name: str) -> int:
+    number = name.split("-")[1]
+    return int(number) if number.isdigit() and len(number) < 12 else 0

@@ -1,0 +1,165 @@
+"""Who a process is, whether it is gone for certain, and how to end what is left of it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from sweeper.records import ProcessId
+
+ATTEMPT_VARIABLE = "SWEEPER_ATTEMPT"
+"""Environment variable `<run_id>:<lease_epoch>` that programs started by a trainer inherit."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot; the same in every container of the machine."""
+    return _read("/proc/sys/kernel/random/boot_id")
+
+
+def machine_id() -> str:
+    """An id of this machine that survives a reboot."""
+    return _read("/etc/machine-id") or _read("/var/lib/dbus/machine-id") or socket.gethostname()
+
+
+def pid_namespace() -> str:
+    """The PID namespace of this process, in which its pids mean something."""
+    return os.readlink("/proc/self/ns/pid")
+
+
+def start_ticks(pid: int) -> int | None:
+    """When `pid` started, in clock ticks after boot; None if it is gone or a zombie.
+
+    Source: proc(5), fields 3 and 22 of /proc/PID/stat, counted after the last parenthesis.
+    """
+    text = _read(f"/proc/{pid}/stat")
+    if not text:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def identify(pid: int | None = None) -> ProcessId:
+    """The identity of `pid` (default: this process), which must be alive."""
+    pid = pid or os.getpid()
+    return ProcessId(
+        host=socket.gethostname(),
+        machine_id=machine_id(),
+        boot_id=boot_id(),
+        pid_namespace=pid_namespace(),
+        uid=os.getuid(),
+        pid=pid,
+        start_ticks=start_ticks(pid) or 0,
+        slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
+    )
+
+
+def proof_of_death(process: ProcessId) -> str | None:
+    """Why `process` is gone for certain, or None when that cannot be proved from here."""
+    if process.boot_id != boot_id():
+        same_machine = process.machine_id == machine_id() and process.host == socket.gethostname()
+        return "this machine has rebooted since" if same_machine else None
+    if process.pid_namespace != pid_namespace() or process.uid != os.getuid():
+        return None
+    if start_ticks(process.pid) == process.start_ticks:
+        return None
+    # HAZARD: with hidepid an unreadable /proc entry is no proof; kill(2) with signal 0 is.
+    if start_ticks(process.pid) is None and _exists(process.pid) and not _is_zombie(process.pid):
+        return None
+    return f"its process {process.pid} is gone"
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_zombie(pid: int) -> bool:
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return bool(fields) and fields[0] in "ZX"
+
+
+def kill_leftovers(processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: float = 5.0) -> list[int]:
+    """End with SIGKILL what is left of an attempt on this machine, and wait until it is gone.
+
+    Ended are the recorded processes that are still themselves, all members of their sessions,
+    and every process that inherited `attempt_tag` in its environment.
+
+    Returns:
+        The pids that were ended.
+    """
+    here, namespace, me = boot_id(), pid_namespace(), os.getpid()
+    ours = [p for p in processes if (p.boot_id, p.pid_namespace) == (here, namespace) and p.pid != me]
+    alive = {p.pid for p in ours if start_ticks(p.pid) == p.start_ticks}
+    sessions = alive - {os.getsid(0)}
+    for pid in _all_pids():
+        if pid != me and (_session(pid) in sessions or _has_tag(pid, attempt_tag)):
+            alive.add(pid)
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + wait_s
+    while any(start_ticks(pid) is not None for pid in alive) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return sorted(alive)
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def _has_tag(pid: int, tag: str) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return f"{ATTEMPT_VARIABLE}={tag}".encode() in environment.split(b"\0")
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to SIGKILL this process when its parent ends; end now if it already has.
+
+    HAZARD: the signal comes when the *thread* that created this process ends, so create
+    processes from the main thread. Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of orphaned descendants. Source: prctl(2), PR_SET_CHILD_SUBREAPER."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl failed")
