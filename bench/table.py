@@ -129,7 +129,9 @@ def _noted(cell: Cell) -> str:
     return cell.text() + note
 
 
-def at_most(factor: float, *, plus: Callable[[dict[str, Cell]], float] | None = None) -> Callable[..., bool | None]:
+def at_most(
+    factor: float, *, plus: Callable[[dict[str, Cell]], float] | None = None
+) -> Callable[..., bool | None]:
     """Ours ≤ factor × floor."""
 
     def reached(ours: Series, floor: Cell, _: dict[str, Cell]) -> bool | None:

@@ -55,7 +55,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[torch.T
     return loss.item()
 
 
-def paced_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[torch.Tensor], number: int) -> float:
+def paced_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[torch.Tensor], number: int
+) -> float:
     """One update that takes STEP_S in all, traced as step `number` when done."""
     started = time.monotonic()
     loss = step(model, optimizer, batch)

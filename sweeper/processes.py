@@ -111,7 +111,8 @@ def kill_leftovers(processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: 
     here, namespace, me = boot_id(), pid_namespace(), os.getpid()
     ours = [p for p in processes if (p.boot_id, p.pid_namespace) == (here, namespace) and p.pid != me]
     alive = {p.pid for p in ours if start_ticks(p.pid) == p.start_ticks}
-    sessions = alive - {os.getsid(0)}
+    # A session's number is not given to another process while the session has members.
+    sessions = {p.pid for p in ours if p.pid in alive or start_ticks(p.pid) is None} - {os.getsid(0)}
     for pid in _all_pids():
         if pid != me and (_session(pid) in sessions or _has_tag(pid, attempt_tag)):
             alive.add(pid)

@@ -32,7 +32,7 @@ from sweeper.states import INCOMPLETE, OPTUNA_STATE, SETTLES, Event, Outcome, St
 
 BUSY_TIMEOUT_S = 60.0
 NETWORK_FILE_SYSTEMS = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph glusterfs lustre gpfs beegfs afs 9p fuse.sshfs fuse.s3fs fuse.gcsfuse".split()
+    ["nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"]
 )
 _OURS = {Outcome.LOST: "lost_count", Outcome.CRASHED: "crashed_count", Outcome.OOM: "oom_count"}
 
@@ -45,6 +45,7 @@ class Suspect:
     lease_epoch: int
     heartbeat: int
     lease_until: float
+    lost_count: int
     owner: ProcessId
     processes: tuple[ProcessId, ...]
 
@@ -515,7 +516,7 @@ class Store:
                 s=sweep_id,
             ).all()
         return [
-            Suspect(r.run_id, r.lease_epoch, r.heartbeat, r.lease_until, _load(r.owner), tuple(map(_process, json.loads(r.processes or "[]"))))
+            Suspect(r.run_id, r.lease_epoch, r.heartbeat, r.lease_until, r.lost_count, _load(r.owner), tuple(map(_process, json.loads(r.processes or "[]"))))
             for r in rows
         ]  # fmt: skip
 
@@ -547,11 +548,7 @@ class Store:
             now=clock.wall_s(), run=lease.run_id, epoch=lease.lease_epoch, token=lease.owner_token, state=str(state), **params,
         )  # fmt: skip
         if done.rowcount != 1:
-            raise Fenced(
-                f"run {lease.run_id} belongs to another owner now",
-                why=f"lease epoch {lease.lease_epoch} is over",
-                do="Nothing more of this attempt counts; the new owner goes on from the last checkpoint.",
-            )
+            raise _lost(lease)
 
     def renew(self, lease: Lease, *, global_step: int | None = None) -> None:
         """Heartbeat: the lease holds for another `ttl_s`. Checks that the file is still ours."""
@@ -562,6 +559,17 @@ class Store:
                 "heartbeat=heartbeat+1, lease_until=:until, global_step=COALESCE(:step, global_step)",
                 until=clock.wall_s() + self.ttl_s, step=global_step,
             )  # fmt: skip
+
+    def check(self, lease: Lease) -> None:
+        """Raise Fenced unless the lease holds at this moment."""
+        with self._reading() as connection:
+            held = _execute(
+                connection,
+                "SELECT 1 FROM sweeper_run WHERE run_id=:r AND lease_epoch=:e AND owner_token=:t AND state=:s",
+                r=lease.run_id, e=lease.lease_epoch, t=lease.owner_token, s=str(State.RUNNING),
+            ).first()  # fmt: skip
+        if not held:
+            raise _lost(lease)
 
     def record_processes(self, lease: Lease, trainers: Sequence[ProcessId]) -> None:
         """Remember the processes of this attempt, so that a takeover can end what is left of them."""
@@ -782,6 +790,14 @@ def _trial_rows(heads: Sequence[Row[Any]], params: Sequence[Row[Any]], middle: S
     for number, key, text in attrs:
         rows[number].system_attrs[key] = text
     return [rows[number] for number in sorted(rows)]
+
+
+def _lost(lease: Lease) -> Fenced:
+    return Fenced(
+        f"run {lease.run_id} belongs to another owner now",
+        why=f"lease epoch {lease.lease_epoch} is over",
+        do="Nothing more of this attempt counts; the new owner goes on from the last checkpoint.",
+    )
 
 
 # --- statements ----------------------------------------------------------------------------

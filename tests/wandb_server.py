@@ -47,8 +47,7 @@ class WandbServer:
         self.operations: list[str] = []
         self.changed = threading.Condition()
         handler = type("Handler", (_Handler,), {"owner": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
+        self._http = _Quiet(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
 
     @property
@@ -136,6 +135,13 @@ def _resume_bucket(run: ServerRun) -> dict[str, Any]:
         # A run "exists" for a resume only if this has the key "t".
         "wandbConfig": json.dumps({"t": 1}),
     }
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients are killed in these tests; their connections break."""
 
 
 class _Handler(BaseHTTPRequestHandler):

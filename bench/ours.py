@@ -1,0 +1,95 @@
+"""Our side, driven as a user drives it: the command line, and a training function in bench/trainers.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import processes, trace
+from bench.contenders import Contender
+from bench.floors import answer_of, python, timed
+from bench.processes import Failed
+from bench.table import Cell, Missing, Series
+
+CONF = Path(__file__).parent / "conf"
+
+
+def launch(sweep: str, directory: Path, *overrides: str) -> list[str]:
+    """The command that starts a sweep of bench/conf, or goes on with it."""
+    argv = [sys.executable, "-m", "sweeper", "launch", f"+sweep={sweep}", "--config-dir", str(CONF)]
+    return [*argv, f"data_dir={directory}/data", *overrides]
+
+
+def trials(count: int, *, sweep: str = "bench_tiny") -> Contender:
+    """Rows 1 and 2: many tiny trials on two workers."""
+    return Contender(
+        "sweeper",
+        lambda directory: launch(sweep, directory, f"sweep.n_trials={count}", "launcher.n_workers=2"),
+    )
+
+
+LONG_RUN = Contender("sweeper", lambda directory: launch("bench_long", directory, "launcher.n_workers=1"))
+"""Rows 5 to 7."""
+
+
+def asks(*, workers: int, acts: int, limit_s: float) -> dict[str, Any]:
+    """Row 3: draw and settle through sweeper.store and sweeper.search, as a worker does."""
+    with processes.scratch() as directory:
+        return answer_of(
+            python("ours_asks.py", directory, workers, acts, limit_s), timeout_s=60 + 10 * limit_s
+        )
+
+
+def fill(directory: Path, *, runs: int, unfinished: int) -> Path:
+    """Row 4: a database with many runs."""
+    processes.run(python("ours_fill.py", directory, runs, unfinished), timeout_s=120)
+    return directory / "sweeper.db"
+
+
+def listing_s(database: Path, *, repeats: int) -> Cell:
+    """Row 4: `sweeper list --incomplete --json`, the whole command."""
+    argv = [
+        sys.executable,
+        "-m",
+        "sweeper",
+        "list",
+        "--incomplete",
+        "--json",
+        "--storage",
+        f"sqlite:///{database}",
+    ]
+    try:
+        return timed(argv, repeats=repeats)
+    except Failed as error:
+        return Missing(str(error))
+
+
+def stall_ms(*, size_mb: int, repeats: int, every: int = 5) -> Cell:
+    """Row 8: how long the loop stands still at the steps that save; what other boundaries take is taken off."""
+    overrides = (
+        f"trainer.size_mb={size_mb}",
+        f"trainer.steps={every * (repeats + 1) + 1}",
+        "launcher.n_workers=1",
+    )
+    try:
+        with processes.scratch() as directory:
+            path = directory / "trace"
+            processes.run(
+                launch("bench_large", directory, *overrides, f"checkpoint.every_n_steps={every}"),
+                timeout_s=180,
+                env={"BENCH_TRACE": str(path)},
+            )
+            gaps = boundaries_s(trace.read(path))
+    except Failed as error:
+        return Missing(str(error))
+    idle_s = Series(tuple(gap for step, gap in gaps.items() if step % every)).median
+    saving = [gap - idle_s for step, gap in sorted(gaps.items()) if step % every == 0]
+    return Series(tuple(1e3 * gap for gap in saving[1:]))
+
+
+def boundaries_s(events: list[trace.Event]) -> dict[int, float]:
+    """Step → seconds between the end of its body and the begin of the next one's."""
+    begins = {event.step: event.at_s for event in events if event.name == "begin"}
+    ends = {event.step: event.at_s for event in events if event.name == "end"}
+    return {step: begins[step + 1] - at_s for step, at_s in ends.items() if step + 1 in begins}

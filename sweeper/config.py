@@ -1,0 +1,44 @@
+"""The composed configuration as plain values: freeze, apply a trial's parameters, write."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from sweeper.errors import ConfigError
+from sweeper.records import Params, ParamValue
+
+LAUNCH_ONLY = ("space", "stop_at")
+"""Keys that a launch adds to the stored configuration; a run's config.yaml has no use for them."""
+
+
+def for_run(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """The configuration of one trial: the sweep's, with the trial's parameters put in place."""
+    result = copy.deepcopy({key: value for key, value in config.items() if key not in LAUNCH_ONLY})
+    for key, value in params.items():
+        put(result, key, value)
+    return result
+
+
+def put(config: dict[str, Any], key: str, value: ParamValue) -> None:
+    """Set a dotted key that exists already. Raises ConfigError, naming what there is instead."""
+    *parents, last = key.split(".")
+    node: Any = config
+    for name in parents:
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        there = ", ".join(sorted(map(str, node))) if isinstance(node, dict) else "nothing"
+        raise ConfigError(f"the parameter {key} is not in the configuration", why=f"there is {there}", do="Correct sweep.params, or add the key to the trainer's configuration.")
+    if isinstance(node[last], dict):
+        raise ConfigError(f"the parameter {key} is a group of settings, not a value", do="Search over the values in it.")
+    node[last] = value
+
+
+def to_yaml(config: Mapping[str, Any]) -> bytes:
+    """YAML that OmegaConf reads back to the same values."""
+    import yaml
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(dict(config), Dumper=dumper, sort_keys=True, allow_unicode=True, width=1000)
+    return text.encode()

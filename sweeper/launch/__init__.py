@@ -1,0 +1,1 @@
+"""Launchers start workers and show progress; they own nothing a sweep needs to survive."""

@@ -1,0 +1,190 @@
+"""`sweeper launch` and `sweeper resume`: compose, create or continue the sweep, start workers."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sweeper import checkpoints, rundir
+from sweeper.errors import EXIT_CONFIG, EXIT_NOT_WELL, EXIT_OK, ConfigError, NotWell, UsageError
+from sweeper.launch.settings import Settings
+from sweeper.records import Sweep
+from sweeper.states import INCOMPLETE
+from sweeper.store import Store, create_database
+
+FLAGS = {"--dry-run": "is_dry", "--detach": "is_detached"}
+
+
+@dataclass(slots=True)
+class Flags:
+    """`launch`'s own flags, beside Hydra's."""
+
+    is_dry: bool = False
+    is_detached: bool = False
+
+
+def main(argv: list[str]) -> int:
+    """Launch a sweep, or go on with it; returns the exit code.
+
+    Args:
+        argv: What follows `launch`: overrides, Hydra's flags, --dry-run, --detach.
+    """
+    flags, rest = _take_flags(argv)
+    if {"--multirun", "-m"} & set(rest):
+        raise UsageError(
+            "launch is the sweep already, --multirun is not for it",
+            do="Put the values into sweep.params (e.g. '+sweep.params={trainer.lr: \"choice(0.1,0.01)\"}' with sampler=grid) and drop --multirun.",
+        )
+    cfg = compose(rest)
+    if cfg is None:
+        return EXIT_OK
+    from sweeper.launch.settings import read
+
+    settings = read(cfg)
+    if flags.is_dry:
+        return _dry_run(settings)
+    sweep, store = prepare(settings)
+    return start(sweep, store, storage=settings.storage, data_dir=settings.data_dir, is_detached=flags.is_detached)
+
+
+def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
+    flags, rest = Flags(), []
+    for argument in argv:
+        if argument in FLAGS:
+            setattr(flags, FLAGS[argument], True)
+        else:
+            rest.append(argument)
+    return flags, rest
+
+
+def compose(argv: list[str]) -> Any:
+    """Let Hydra read the command line; None when it only answered a question (--cfg, --help, …).
+
+    Raises:
+        ConfigError: Hydra refused; it has said why on stderr.
+    """
+    import hydra
+
+    captured: list[Any] = []
+
+    def task(cfg: Any) -> None:
+        captured.append(cfg)
+
+    before = sys.argv
+    sys.argv = ["sweeper launch", *argv]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://sweeper_conf", config_name="config")(task)()
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return None
+        raise SystemExit(EXIT_CONFIG if stop.code == 1 else stop.code) from stop
+    finally:
+        sys.argv = before
+    return captured[0] if captured else None
+
+
+def _dry_run(settings: Settings) -> int:
+    from sweeper.launch import local
+
+    new = settings.new
+    print(f"sweep {new.name}: {new.n_trials} trials in {settings.data_dir}, database {settings.storage.rpartition('@')[2]}")
+    for key, value in sorted(new.config["sweep"]["params"].items()):
+        print(f"  {key}: {value}")
+    for command in local.commands(new.name, n_workers=settings.launcher["n_workers"]):
+        print(f"  would start: {' '.join(command)}")
+    return EXIT_OK
+
+
+def prepare(settings: Settings) -> tuple[Sweep, Store]:
+    """Create the database and the sweep, or check that the existing one is the same.
+
+    Raises:
+        ConfigError: The sweep exists with another identity, or its directories belong elsewhere.
+        NotWell: resume.mode=must, and nothing resumes.
+    """
+    new = settings.new
+    create_database(settings.storage, allow_network_file_system=settings.allow_network_file_system)
+    store = Store(settings.storage, allow_network_file_system=settings.allow_network_file_system)
+    config = dict(new.config)
+    if new.config["sweep"]["stop_after_s"] is not None:
+        config["stop_at"] = store.now_s() + float(new.config["sweep"]["stop_after_s"])
+    found = store.find_sweep(new.name)
+    if found is None:
+        _refuse_foreign_directories(settings)
+        store.create_sweep(new)
+        store.update_sweep(new.name, n_trials=new.n_trials, config=config)
+    else:
+        _continue(store, found, settings, config)
+    sweep = store.sweep(new.name)
+    if new.config["resume"]["mode"] == "must":
+        _must_resume(store, sweep, settings.data_dir)
+    return sweep, store
+
+
+def _refuse_foreign_directories(settings: Settings) -> None:
+    there = next(rundir.run_dirs(settings.data_dir, settings.new.name), None)
+    if there is not None:
+        raise ConfigError(
+            f"{there} exists, but the database knows of no sweep {settings.new.name!r}",
+            do=f"Make the database anew with `sweeper --data-dir {settings.data_dir} rebuild {settings.data_dir}`, "
+            "name the right database with storage.url=, or choose another sweep.name=.",
+        )
+
+
+def _continue(store: Store, found: Sweep, settings: Settings, config: dict[str, Any]) -> None:
+    from sweeper.launch.settings import differences
+
+    new = settings.new
+    if changed := differences(found.config, config):
+        raise ConfigError(
+            f"sweep {new.name!r} exists with another definition ({'; '.join(changed)})",
+            do="Launch it as it was, or choose another name with sweep.name=.",
+        )
+    if new.n_trials < found.n_trials:
+        print(f"sweep {new.name}: n_trials goes down from {found.n_trials} to {new.n_trials}; what was drawn stays", file=sys.stderr)
+    store.update_sweep(new.name, n_trials=new.n_trials, config=config)
+
+
+def _must_resume(store: Store, sweep: Sweep, data_dir: Path) -> None:
+    for run in store.runs(sweep.sweep_id, sorted(INCOMPLETE)):
+        root = data_dir / run.path / rundir.CHECKPOINTS_DIR
+        if checkpoints.newest_valid(root, run_id=run.run_id, starts=store.starts(run.run_id)) is not None:
+            return
+    raise NotWell(
+        f"sweep {sweep.name!r} has no incomplete run with a valid checkpoint", why="resume.mode=must",
+        do="`sweeper list` shows its runs; launch with resume.mode=auto to go on anyway.",
+    )
+
+
+def start(sweep: Sweep, store: Store, *, storage: str, data_dir: Path, is_detached: bool = False) -> int:
+    """Start workers for what is left of a sweep and follow them; returns the exit code."""
+    from sweeper.worker import tidy_final
+
+    tidy_final(store, sweep, data_dir)
+    left, incomplete = store.count_left(sweep.sweep_id)
+    store.close()
+    kind = str(sweep.config["launcher"]["kind"])
+    if kind != "local":
+        raise ConfigError(f"launcher={kind} is not known", do="Use launcher=local.")
+    from sweeper.launch import local, progress
+
+    if left == 0 and incomplete == 0:
+        print(f"sweep {sweep.name} is complete: all {sweep.n_trials} trials are done", file=sys.stderr)
+        return progress.final_report(sweep.name, storage=storage, data_dir=data_dir)
+    return local.run(sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete, is_detached=is_detached)
+
+
+def resume(name: str, *, storage: str, data_dir: Path) -> int:
+    """Start workers for what is unfinished of a sweep (or of a run's sweep), as it was launched."""
+    store = Store(storage)
+    match = rundir.RUN_ID.match(name)
+    sweep = store.sweep(match[1] if match else name)
+    if match:
+        run = store.run(name)
+        if run.state.is_final:
+            print(f"run {name} is {run.state}; there is nothing to resume", file=sys.stderr)
+            return EXIT_OK if run.state == "completed" else EXIT_NOT_WELL
+    store.update_sweep(sweep.name, n_trials=sweep.n_trials, config=sweep.config)
+    return start(store.sweep(sweep.name), store, storage=storage, data_dir=data_dir)

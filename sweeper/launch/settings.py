@@ -1,0 +1,191 @@
+"""From Hydra's composed configuration to plain, checked values that a worker can use."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sweeper.config import put
+from sweeper.errors import ConfigError
+from sweeper.search import distribution_of, grid, is_grid, make
+from sweeper.store import NewSweep
+
+OURS = ("sampler", "pruner", "launcher", "checkpoint", "retry", "resume", "lease", "tracking", "sweep")
+"""Groups a worker reads: resolved once, at the launch."""
+
+IDENTITY = ("space", "seed", "metric", "direction", "trainer")
+"""What may not change under a sweep's name."""
+
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A launch, checked."""
+
+    new: NewSweep
+    storage: str
+    allow_network_file_system: bool
+    data_dir: Path
+
+    @property
+    def launcher(self) -> dict[str, Any]:
+        """The `launcher` group."""
+        launcher: dict[str, Any] = self.new.config["launcher"]
+        return launcher
+
+
+def read(cfg: DictConfig) -> Settings:
+    """Check the composed configuration and freeze it.
+
+    Raises:
+        ConfigError: Naming the key, what is wrong with it, and what to do.
+    """
+    try:
+        config = freeze(cfg)
+        storage = OmegaConf.to_container(cfg.storage, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError("the configuration cannot be resolved", why=str(error).splitlines()[0], do="Set what is missing.") from error
+    assert isinstance(storage, dict)
+    sweep = config["sweep"]
+    check_values(config)
+    config["space"] = {key: distribution_of(key, _as_text(value)) for key, value in sorted(sweep["params"].items())}
+    for key in config["space"]:
+        put(dict(config), key, _any_value(config, key))
+    make(config["sampler"], kind="sampler", **_grid_arguments(config))
+    make(config["pruner"], kind="pruner")
+    points = grid(config["space"]) if is_grid(config["sampler"]) else ()
+    n_trials = min(sweep["n_trials"], len(points)) if points else sweep["n_trials"]
+    new = NewSweep(sweep["name"], sweep["seed"], n_trials, sweep["metric"], sweep["direction"], config, points)
+    return Settings(new, str(storage["url"]), bool(storage["allow_network_file_system"]), Path(str(cfg.data_dir)))
+
+
+def _grid_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    return {"search_space": {}} if is_grid(config["sampler"]) else {"seed": 0}
+
+
+def _as_text(value: Any) -> str:
+    return f"choice({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+
+
+def _any_value(config: dict[str, Any], key: str) -> Any:
+    """A stand-in of the parameter, only to see that its key exists."""
+    return 0
+
+
+def freeze(cfg: DictConfig) -> dict[str, Any]:
+    """Plain values: our groups resolved, others with environment defaults frozen.
+
+    Interpolations of secrets stay text wherever they are, so that no key reaches a file.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    result: dict[str, Any] = {}
+    for name in plain:
+        key = str(name)
+        if key in ("hydra", "storage"):
+            continue
+        node = plain[name]
+        result[key] = _resolved(cfg, key, node) if key in OURS or key == "data_dir" else _frozen(node, cfg)
+    return result
+
+
+def _resolved(cfg: DictConfig, key: str, node: Any) -> Any:
+    if _has_secret(node):
+        return _frozen(node, cfg)
+    value = cfg[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _has_secret(node: Any) -> bool:
+    if isinstance(node, dict):
+        return any(map(_has_secret, node.values()))
+    if isinstance(node, list):
+        return any(map(_has_secret, node))
+    return isinstance(node, str) and any(_SECRET.search(name) for name in _ENVIRONMENT.findall(node))
+
+
+def _frozen(node: Any, cfg: DictConfig) -> Any:
+    if isinstance(node, dict):
+        return {key: _frozen(value, cfg) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_frozen(value, cfg) for value in node]
+    if isinstance(node, str) and _ENVIRONMENT.search(node) and not _has_secret(node):
+        resolved = OmegaConf.create({"value": node})
+        resolved._set_parent(cfg)
+        return resolved.value
+    return node
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """Refuse values that could only fail later."""
+    sweep, launcher, lease = config["sweep"], config["launcher"], config["lease"]
+    _need(isinstance(sweep["n_trials"], int) and sweep["n_trials"] >= 1, "sweep.n_trials", sweep["n_trials"], "Use a number of trials, at least 1.")
+    _need(isinstance(sweep["seed"], int), "sweep.seed", sweep["seed"], "Use a whole number.")
+    _need(sweep["direction"] in ("minimize", "maximize"), "sweep.direction", sweep["direction"], "Use minimize or maximize.")
+    _need(isinstance(sweep["metric"], str) and sweep["metric"], "sweep.metric", sweep["metric"], "Use the name of a reported metric.")
+    _need(isinstance(sweep["params"], dict), "sweep.params", sweep["params"], "Use keys like trainer.lr with a search space each.")
+    _need(config["resume"]["mode"] in ("auto", "must", "never"), "resume.mode", config["resume"]["mode"], "Use auto, must or never.")
+    _need(config["resume"]["on_invalid"] in ("fresh", "fail"), "resume.on_invalid", config["resume"]["on_invalid"], "Use fresh or fail.")
+    keep = config["checkpoint"]["keep_last"]
+    _need(isinstance(keep, int) and keep >= 2, "checkpoint.keep_last", keep, "Use at least 2: one may turn out to be damaged.")
+    for key in ("every_n_steps", "every_s"):
+        value = config["checkpoint"][key]
+        _need(value is None or (isinstance(value, int | float) and value > 0), f"checkpoint.{key}", value, "Use a positive number, or null.")
+    for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
+        _need(isinstance(value, int) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
+    for key in ("heartbeat_s", "ttl_s"):
+        _need(isinstance(lease[key], int | float) and lease[key] > 0, f"lease.{key}", lease[key], "Use a number of seconds.")
+    _need(lease["ttl_s"] >= 3 * lease["heartbeat_s"], "lease.ttl_s", lease["ttl_s"], "Use at least three heartbeats.")
+    workers = launcher.get("n_workers", 1)
+    _need(isinstance(workers, int) and 1 <= workers <= 10_000, "launcher.n_workers", workers, "Use a number of workers, at least 1.")
+    target = config["trainer"].get("_target_") if isinstance(config["trainer"], dict) else None
+    _need(isinstance(target, str) and "." in target, "trainer._target_", target, "Name an importable function, e.g. my_package.my_module.train.")
+    from sweeper.tracking import TrackingSettings
+
+    TrackingSettings.from_config(config["tracking"])
+
+
+def _need(is_good: object, key: str, value: Any, do: str) -> None:
+    if not is_good:
+        raise ConfigError(f"{key}={value!r} cannot be used", do=do)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What of a sweep's identity differs between two configurations, a line each."""
+    old, new = _identity(before), _identity(after)
+    return [
+        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    sweep = config["sweep"]
+    flat = {"sweep.seed": sweep["seed"], "sweep.metric": sweep["metric"], "sweep.direction": sweep["direction"]}
+    flat |= {f"sweep.params.{key}": value for key, value in sweep["params"].items()}
+    flat |= dict(_flat("trainer", config["trainer"]))
+    if is_grid(config["sampler"]):
+        flat["sampler"] = config["sampler"]["_target_"]
+    return flat
+
+
+def _flat(prefix: str, node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [item for key, value in node.items() for item in _flat(f"{prefix}.{key}", value)]
+    return [(prefix, node)]
+
+
+def thread_count(n_workers: int) -> int:
+    """Threads of each trainer: the cores shared out, or what OMP_NUM_THREADS says."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0))
+    return int(given) if given.isdigit() and int(given) > 0 else max(1, cores // n_workers)

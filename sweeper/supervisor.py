@@ -1,0 +1,445 @@
+"""One attempt under supervision: start a trainer, keep the lease, hear it out, say how it ended.
+
+Single-threaded on purpose: heartbeats, the trainer's messages, its death, the launcher's pipe
+and signals are events of one loop, so nothing can die unseen beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sweeper import clock, processes
+from sweeper.channel import Channel, ChannelClosed, Message
+from sweeper.errors import Fenced, StorageError
+from sweeper.records import Ending, Lease, Run
+from sweeper.recovery import signal_outcome
+from sweeper.search import Search
+from sweeper.states import Outcome
+from sweeper.store import Store
+from sweeper.trainer.run import Spec
+
+LAST_LINES = 20
+HELLO_WAIT_S = 120.0
+_MAX_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTimes:
+    """`lease.*` of the configuration, in seconds."""
+
+    heartbeat_s: float = 10.0
+    ttl_s: float = 60.0
+    progress_s: float = 1800.0
+    grace_s: float = 30.0
+
+    @property
+    def fence_s(self) -> float:
+        """An owner that could not renew for so long fences itself: two thirds of the TTL."""
+        return self.ttl_s * 2 / 3
+
+
+class WarmServer:
+    """The worker's warm server, started when first needed and again when it died.
+
+    Args:
+        environment: Environment of the server and so of every trainer.
+        is_warm: False starts each trainer as a plain process instead (CUDA must never be
+            initialised in a server).
+    """
+
+    def __init__(self, environment: dict[str, str], *, is_warm: bool = True) -> None:
+        self._environment = environment
+        self._is_warm = is_warm
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self.plain: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start the server unless it lives. Returns at once; it imports torch meanwhile."""
+        if not self._is_warm or (self._process is not None and self._process.poll() is None):
+            return
+        self._close_socket()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = self._popen("sweeper.trainer.server", theirs.fileno(), os.getpid(), pass_fds=(theirs.fileno(),))
+        self._sock = ours
+
+    def _popen(self, module: str, *argv: int, pass_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, argv)],
+            env=self._environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=pass_fds, start_new_session=True,
+        )  # fmt: skip
+
+    def spawn(self, spec: Spec, log_fd: int) -> Channel:
+        """Ask for a trainer; returns the worker's end of its channel."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            if self._is_warm:
+                self._request(spec, theirs, log_fd)
+            else:
+                fds = (theirs.fileno(), log_fd)
+                self.plain = [p for p in self.plain if p.poll() is None]
+                self.plain.append(self._popen("sweeper.trainer.main", *fds, pass_fds=fds))
+                Channel(ours).send("spec", spec=asdict(spec), worker_pid=os.getpid())
+        return Channel(ours)
+
+    def _request(self, spec: Spec, theirs: socket.socket, log_fd: int) -> None:
+        data = json.dumps({"spec": asdict(spec)}).encode()
+        for is_last in (False, True):
+            self.start()
+            assert self._sock is not None
+            try:
+                socket.send_fds(self._sock, [data], [theirs.fileno(), log_fd])
+                return
+            except OSError:
+                self.stop()
+                if is_last:
+                    raise
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether trainers can still come from here."""
+        return not self._is_warm or (self._process is not None and self._process.poll() is None)
+
+    @property
+    def children(self) -> list[subprocess.Popen[bytes]]:
+        """Processes whose exit status belongs to Popen, not to the reaper."""
+        return ([self._process] if self._process else []) + self.plain
+
+    def stop(self) -> None:
+        """End the server; trainers live on."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What the supervisor knows of the trainer while it runs."""
+
+    channel: Channel
+    spec: Spec
+    log_path: Path
+    pid: int | None = None
+    step: int = 0
+    said: Message | None = None
+    refusals: list[str] = field(default_factory=list)
+    heard_at_s: float = field(default_factory=clock.awake_s)
+    kill_reason: Ending | None = None
+    exit_status: int | None = None
+    on_start: Callable[[], None] = lambda: None
+
+
+class Supervisor:
+    """Runs attempts of one worker, one at a time.
+
+    Args:
+        store: The database.
+        search: Judges reports.
+        times: Heartbeat and time-outs.
+        server: Where trainers come from.
+        log: Prints one line for people.
+        stop_reason: Says why this worker should stop, or None.
+        wake_fds: File descriptors whose readability must wake the loop (signals, launcher).
+        tick: Called once a turn of the loop, for tracking.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        search: Search,
+        times: LeaseTimes,
+        server: WarmServer,
+        log: Callable[[str], None],
+        stop_reason: Callable[[], str | None],
+        wake_fds: tuple[int, ...] = (),
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._search, self._times, self._server = store, search, times, server
+        self._log, self._stop_reason, self._wake_fds, self._tick = log, stop_reason, wake_fds, tick
+
+    def run(self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]) -> Ending:
+        """Train one attempt to its end. The trainer and all it started are gone afterwards.
+
+        `on_start` is called when the trainer says where it starts: its metrics log is cut by then.
+        """
+        oom_before = oom_kills()
+        log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            channel = self._server.spawn(spec, log_fd)
+        finally:
+            os.close(log_fd)
+        attempt = Attempt(channel, spec, log_path, step=run.global_step, on_start=on_start)
+        try:
+            self._loop(run, lease, attempt)
+        finally:
+            self._end(attempt)
+        return self._ending(attempt, was_oom_killed=oom_kills() > oom_before)
+
+    # --- the loop --------------------------------------------------------------------------
+
+    def _loop(self, run: Run, lease: Lease, attempt: Attempt) -> None:
+        started = clock.awake_s()
+        renewed_boot_s = clock.boot_s()
+        next_beat_s = started + self._times.heartbeat_s
+        stop_at_s: float | None = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(attempt.channel, selectors.EVENT_READ)
+            for fd in self._wake_fds:
+                selector.register(fd, selectors.EVENT_READ)
+            while not self._is_over(attempt):
+                ready = selector.select(timeout=max(0.0, min(next_beat_s - clock.awake_s(), 0.5)))
+                for key, _ in ready:
+                    if key.fileobj is not attempt.channel:
+                        selector.unregister(key.fileobj)  # it woke us once; stop_reason() knows why
+                now = clock.awake_s()
+                if now >= next_beat_s:
+                    renewed_boot_s = self._beat(lease, attempt, renewed_boot_s)
+                    next_beat_s = now + self._times.heartbeat_s
+                if attempt.kill_reason is None and any(key.fileobj is attempt.channel for key, _ in ready):
+                    for message in attempt.channel.receive():
+                        self._hear(message, run, lease, attempt)
+                    if attempt.channel.is_closed:
+                        break
+                self._tick()
+                stop_at_s = self._check_times(attempt, started, stop_at_s)
+
+    def _is_over(self, attempt: Attempt) -> bool:
+        return attempt.channel.is_closed or attempt.kill_reason is not None
+
+    def _beat(self, lease: Lease, attempt: Attempt, renewed_boot_s: float) -> float:
+        before = clock.boot_s()
+        try:
+            self._store.renew(lease, global_step=attempt.step)
+        except Fenced as error:
+            attempt.kill_reason = Ending(Outcome.FENCED, str(error))
+        except StorageError as error:
+            self._log(f"[LEASE] {lease.run_id}: could not be renewed: {error}")
+            if before > renewed_boot_s + self._times.fence_s:
+                attempt.kill_reason = Ending(Outcome.FENCED, f"the lease could not be renewed in time: {error}")
+        else:
+            renewed_boot_s = before
+            self._tell(attempt, "deadline", at=before + self._times.fence_s)
+        return renewed_boot_s
+
+    def _check_times(self, attempt: Attempt, started: float, stop_at_s: float | None) -> float | None:
+        now = clock.awake_s()
+        if attempt.pid is None and now - started > HELLO_WAIT_S:
+            attempt.kill_reason = Ending(Outcome.LOST, f"the trainer did not start within {HELLO_WAIT_S:.0f} s")
+        if attempt.pid is None and not self._server.is_alive:
+            attempt.kill_reason = Ending(Outcome.LOST, "the warm server died before the trainer started")
+        if self._times.progress_s and now - attempt.heard_at_s > self._times.progress_s:
+            attempt.kill_reason = Ending(
+                Outcome.LOST, f"no progress for {self._times.progress_s:.0f} s (lease.progress_s; call run.progress() in long evaluations)"
+            )
+        reason = self._stop_reason()
+        if reason and stop_at_s is None:
+            self._tell(attempt, "stop", reason=reason)
+            return now + self._times.grace_s
+        if stop_at_s is not None and now > stop_at_s:
+            attempt.kill_reason = Ending(Outcome.PREEMPTED, f"{reason}; no step boundary within {self._times.grace_s:.0f} s")
+        return stop_at_s
+
+    def _tell(self, attempt: Attempt, kind: str, **data: Any) -> None:
+        with contextlib.suppress(ChannelClosed):
+            attempt.channel.send(kind, **data)
+
+    # --- what the trainer says -------------------------------------------------------------
+
+    def _hear(self, message: Message, run: Run, lease: Lease, attempt: Attempt) -> None:
+        attempt.heard_at_s = clock.awake_s()
+        kind = message["kind"]
+        if kind == "hello":
+            self._greet(message, lease, attempt)
+        elif kind == "progress":
+            attempt.step = message["step"] if message.get("step") is not None else attempt.step
+        elif kind == "refused":
+            attempt.refusals.append(f"{message['checkpoint']}: {message['reason']}")
+            self._log(f"[RESUME] {run.run_id}: checkpoint {message['checkpoint']} refused: {message['reason']}")
+        elif kind == "complaint":
+            self._log(f"[CHECKPOINT] {run.run_id}: {message['text']}")
+        elif kind in ("started", "resumed", "lease", "committed", "report"):
+            self._answer(message, run, lease, attempt)
+        else:
+            attempt.said = message
+
+    def _greet(self, message: Message, lease: Lease, attempt: Attempt) -> None:
+        attempt.pid = int(message["pid"])
+        try:
+            self._store.record_processes(lease, [processes.identify(attempt.pid)])
+        except Fenced as error:
+            attempt.kill_reason = Ending(Outcome.FENCED, str(error))
+
+    def _answer(self, message: Message, run: Run, lease: Lease, attempt: Attempt) -> None:
+        """Answer a question of the trainer; the lease is looked at in the database each time."""
+        try:
+            answer = self._act(message, run, lease, attempt)
+        except Fenced as error:
+            attempt.kill_reason = Ending(Outcome.FENCED, str(error))
+            answer = {"fenced": str(error)}
+        self._tell(attempt, "answer", **answer)
+
+    def _act(self, message: Message, run: Run, lease: Lease, attempt: Attempt) -> Message:
+        kind = message["kind"]
+        if kind == "started":
+            attempt.step = message["step"]
+            self._store.record_start(lease, step=message["step"], total_steps=message["total_steps"])
+            attempt.on_start()
+        elif kind == "resumed":
+            self._log(f"[RESUME] {run.run_id}: going on from step {message['step']}")
+            self._store.record_start(lease, step=message["step"], total_steps=None)
+        elif kind == "lease":
+            self._store.check(lease)
+        elif kind == "committed":
+            self._store.record_checkpoint(lease, step=message["step"])
+        elif kind == "report":
+            return {"prune": self._judge(run, lease, step=message["step"], value=message["value"])}
+        return {}
+
+    def _judge(self, run: Run, lease: Lease, *, step: int, value: float) -> bool:
+        """The stored verdict for a step that is replayed; else the pruner's, stored with the report."""
+        stored = self._store.verdict(run.trial_id, step)
+        if stored is not None:
+            return stored
+        prune, attrs = self._search.judge(run, step=step, value=value)
+        self._store.report(lease, run, step=step, value=value, prune=prune, system_attrs=attrs)
+        return prune
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def _end(self, attempt: Attempt) -> None:
+        """Wait for a trainer that said goodbye, kill one that did not, and all it started."""
+        if attempt.kill_reason is None and attempt.pid is not None:
+            attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
+        trainers = [processes.identify(attempt.pid)] if attempt.pid else []
+        tag = f"{attempt.spec.run_id}:{attempt.spec.lease_epoch}"
+        if attempt.pid is not None and attempt.exit_status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(attempt.pid, signal.SIGKILL)
+            attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
+        processes.kill_leftovers(trainers, attempt_tag=tag)
+        attempt.channel.close()
+        self.reap()
+
+    def _wait(self, pid: int, *, wait_s: float) -> int | None:
+        for child in self._server.plain:
+            if child.pid == pid:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = child.wait(timeout=wait_s)
+                    return (code << 8) if code >= 0 else -code
+                return None
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            try:
+                found, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                return None
+            if found:
+                return status
+            time.sleep(0.001)
+        return None
+
+    def reap(self) -> None:
+        """Collect orphans this worker adopted, leaving Popen's own children to Popen."""
+        owned = {child.pid: child for child in self._server.children}
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            if found.si_pid in owned:
+                owned[found.si_pid].poll()
+            else:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(found.si_pid, 0)
+
+    def _ending(self, attempt: Attempt, *, was_oom_killed: bool) -> Ending:
+        if attempt.kill_reason is not None:
+            return attempt.kill_reason
+        if attempt.said is not None:
+            return _told_ending(attempt.said, tuple(attempt.refusals))
+        return silent_ending(attempt.exit_status, was_oom_killed=was_oom_killed, detail=last_lines(attempt.log_path))
+
+
+def _told_ending(said: Message, refusals: tuple[str, ...]) -> Ending:
+    kind, reason = said["kind"], said.get("reason", "")
+    if kind == "result":
+        return Ending(Outcome.COMPLETED, value=said["value"])
+    if kind == "pruned":
+        return Ending(Outcome.PRUNED, reason, value=said["value"])
+    if kind == "preempted":
+        return Ending(Outcome.PREEMPTED, reason)
+    if kind == "fenced":
+        return Ending(Outcome.FENCED, reason)
+    if kind == "no_checkpoint":
+        return Ending(Outcome.CRASHED, reason, no_checkpoint=True, refusals=refusals)
+    if said["is_disk_fault"]:
+        return Ending(Outcome.LOST, reason, detail=said["detail"], is_disk_fault=True)
+    return Ending(Outcome.OOM if said["is_oom"] else Outcome.CRASHED, reason, detail=said["detail"])
+
+
+def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> Ending:
+    """How a trainer ended that said nothing, from its wait status."""
+    if status is None:
+        return Ending(Outcome.LOST, "the trainer vanished", detail=detail)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        name = signal.Signals(number).name
+        why = "the kernel ran out of memory" if was_oom_killed else f"the trainer was ended by {name}"
+        return Ending(signal_outcome(number, was_oom_killed=was_oom_killed), why, detail=detail)
+    code = os.WEXITSTATUS(status)
+    return Ending(Outcome.CRASHED, f"the trainer exited with code {code} without returning a value", detail=detail)
+
+
+def last_lines(path: Path) -> str:
+    """The last lines an attempt printed."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _MAX_TAIL_BYTES))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-LAST_LINES:])
+    except OSError:
+        return ""
+
+
+def oom_kills() -> int:
+    """How often the kernel's OOM killer struck in this process's control group.
+
+    Source: cgroup-v2.rst, memory.events; memory.oom_control for version 1. 0 where there is none.
+    """
+    try:
+        text = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return 0
+    total = 0
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        name = f"/sys/fs/cgroup/memory{path}/memory.oom_control" if controllers == "memory" else f"/sys/fs/cgroup{path}/memory.events"
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for row in Path(name).read_text().splitlines():
+                if row.startswith("oom_kill "):
+                    total += int(row.split()[1])
+    return total
+
+

@@ -1,0 +1,258 @@
+"""The resumable loop: position, cadence of checkpoints, preemption, exact restore."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from sweeper import clock
+from sweeper.errors import CheckpointRefused
+from sweeper.torch.order import OrderedLoader
+from sweeper.torch.state import check_architecture, load_bytes, rng_state, set_rng_state
+from sweeper.trainer.run import NoValidCheckpoint, Preempted, Run
+
+MODEL_FILE = "model.pth"
+OPTIMIZER_FILE = "optimizer.pt"
+RNG_FILE = "rng_state.pt"
+STATE_FILE = "state.json"
+STAGE = "train"
+
+
+def resumable(
+    run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **parts: Any
+) -> Loop:
+    """Make a training resumable, and restore it if this run was interrupted.
+
+    Args:
+        run: What the training function got.
+        model: Its `state_dict` becomes model.pth.
+        loader: A DataLoader with `batch_size` and `shuffle`; its order is made from the run's seed.
+        parts: Anything else with `state_dict` and `load_state_dict`: optimizer, scheduler, scaler,
+            EMA. None is skipped.
+
+    Returns:
+        The loop, standing at the step it resumed from, or at 0.
+
+    Raises:
+        NoValidCheckpoint: Checkpoints were committed once, and none can be used.
+    """
+    loop = Loop(run, model=model, loader=loader, parts={k: v for k, v in parts.items() if v is not None})
+    loop._restore()
+    return loop
+
+
+class Loop:
+    """Steps through the data exactly once, across any number of interruptions.
+
+    Attributes:
+        step: Optimizer updates so far, the one in progress included; never reset.
+        epoch: The current pass over the data, from 0.
+        step_in_epoch: Batches of this epoch, the one in progress included.
+        total_steps: Where the loop ends; 0 before `batches`.
+        best_value: Best reported value of the sweep's metric so far.
+    """
+
+    def __init__(self, run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], parts: Mapping[str, Any]) -> None:
+        self.step = self.epoch = self.step_in_epoch = self.total_steps = 0
+        self.best_value: float | None = None
+        self._run = run
+        self._model = model
+        self._parts = dict(parts)
+        self._loader = OrderedLoader(loader, seed=run.seed)
+        self._rng: dict[str, Any] | None = None
+        self._saved_step = 0
+        self._saved_at_s = clock.awake_s()
+        self._row: dict[str, Any] = {}
+        self._every_steps = run.spec.checkpoint.get("every_n_steps")
+        self._every_s = run.spec.checkpoint.get("every_s")
+
+    # --- the user's side -------------------------------------------------------------------
+
+    @property
+    def is_epoch_end(self) -> bool:
+        """Whether the batch in progress is the last of its epoch."""
+        return self.step_in_epoch == len(self._loader) or self.step == self.total_steps
+
+    def batches(self, *, epochs: int, max_steps: int | None = None) -> Iterator[Any]:
+        """Yield batches from the exact position; between two of them lies the step boundary.
+
+        Args:
+            epochs: Passes over the data.
+            max_steps: Stop after so many optimizer updates, if that is sooner.
+
+        Raises:
+            Preempted: The worker asked to stop; everything is checkpointed.
+            TrialPruned: The pruner stopped the trial.
+        """
+        whole = epochs * len(self._loader)
+        self.total_steps = whole if max_steps is None else min(whole, max_steps)
+        self._run.start(step=self.step, total_steps=self.total_steps)
+        self._run.progress(self.step, total_steps=self.total_steps)
+        if self._rng is not None:
+            set_rng_state(self._rng)
+            self._rng = None
+        while self.step < self.total_steps:
+            for batch in self._loader.epoch(self.epoch, first_batch=self.step_in_epoch):
+                self.step += 1
+                self.step_in_epoch += 1
+                yield batch
+                self._boundary()
+                if self.step == self.total_steps:
+                    return
+
+    def report(self, **metrics: Any) -> None:
+        """Log numbers of this step: metrics log, W&B, TensorBoard, and the pruner.
+
+        Several calls in one step make one row. Tensors and NumPy numbers are read as floats.
+
+        Raises:
+            TrialPruned: The row holds the sweep's metric and the pruner stops the trial.
+        """
+        self._row.update({name: _number(value) for name, value in metrics.items()})
+        if self._run.spec.metric in metrics:
+            value = float(self._row[self._run.spec.metric])
+            better = min if self._run.spec.direction == "minimize" else max
+            self.best_value = value if self.best_value is None else better(self.best_value, value)
+        if self._run.spec.metric in metrics or self.step == self._saved_step:
+            self._flush_row()
+
+    # --- the step boundary -----------------------------------------------------------------
+
+    def _boundary(self) -> None:
+        self._flush_row()
+        if self.step_in_epoch == len(self._loader):
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self._run.progress(self.step)
+        reason = self._run.stop_reason
+        if reason or self._is_due():
+            self.save()
+        if reason:
+            raise Preempted(reason)
+
+    def _is_due(self) -> bool:
+        if self.step == self.total_steps:
+            return True
+        if self._every_steps and self.step - self._saved_step >= self._every_steps:
+            return True
+        return bool(self._every_s) and clock.awake_s() - self._saved_at_s >= self._every_s
+
+    def _flush_row(self) -> None:
+        row, self._row = self._row, {}
+        if row:
+            self._run.log(self.step, {"epoch": self.epoch, **row})
+
+    # --- saving and restoring --------------------------------------------------------------
+
+    def save(self) -> None:
+        """Commit a checkpoint of this very step, unless it is there already.
+
+        Raises:
+            Fenced: The run belongs to somebody else.
+            OSError: The disk refused and this was the last step; earlier ones are retried.
+        """
+        if self.step == self._saved_step:
+            return
+        try:
+            self._commit()
+        except OSError as error:
+            if self.step == self.total_steps:
+                raise
+            print(f"[CHECKPOINT] step {self.step} could not be saved: {error}; the older one stands", flush=True)
+            self._run.complain(f"checkpoint of step {self.step} could not be saved: {error}")
+        else:
+            self._saved_step = self.step
+        self._saved_at_s = clock.awake_s()
+
+    def _commit(self) -> None:
+        run = self._run
+        offset = run.metrics.sync()
+        draft = run.draft(self.step)
+        draft.add(MODEL_FILE, lambda file: torch.save(self._model.state_dict(), file))
+        draft.add(OPTIMIZER_FILE, lambda file: torch.save({k: v.state_dict() for k, v in self._parts.items()}, file))
+        draft.add(RNG_FILE, lambda file: torch.save(rng_state(), file))
+        draft.add_bytes(STATE_FILE, json.dumps(self._counters(offset), indent=2, sort_keys=True).encode())
+        run.metrics.ensure_in_place()
+        run.commit(draft)
+
+    def _counters(self, metrics_offset: int) -> dict[str, Any]:
+        return {
+            "schema_version": 1,
+            "stage": STAGE,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "global_step": self.step,
+            "best_loss": self.best_value,
+            "metrics_offset": metrics_offset,
+            "args": _plain(self._run.config),
+            "metadata": {"torch": torch.__version__, "batches_per_epoch": len(self._loader)},
+        }
+
+    def _restore(self) -> None:
+        run = self._run
+        refused: list[Path] = []
+        for directory in run.candidates():
+            try:
+                self._load(directory)
+            except CheckpointRefused as error:
+                refused.append(directory)
+                run.refuse(directory.name, str(error))
+                continue
+            run.resumed(self.step, refused=refused)
+            return
+        if run.was_ever_committed():
+            raise NoValidCheckpoint(f"run {run.run_id}: no valid checkpoint", why=f"{len(refused)} refused")
+
+    def _load(self, directory: Path) -> None:
+        """Verify, unpickle and check everything before the first object is changed."""
+        manifest, contents = self._run.read(directory)
+        try:
+            state = json.loads(contents[STATE_FILE])
+            model, parts, rng = (load_bytes(name, contents[name]) for name in (MODEL_FILE, OPTIMIZER_FILE, RNG_FILE))
+            self._check(state, model, parts)
+            self._model.load_state_dict(model)
+            for name, part in self._parts.items():
+                part.load_state_dict(parts[name])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointRefused("it does not fit this training", why=f"{type(error).__name__}: {error}") from error
+        self.step = self._saved_step = manifest.step
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.best_value = state["best_loss"]
+        self._rng = rng
+        self._run.open_metrics(state["metrics_offset"])
+
+    def _check(self, state: dict[str, Any], model: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+        if difference := _difference(state["args"], _plain(self._run.config)):
+            raise CheckpointRefused(difference)
+        check_architecture(model, self._model)
+        if set(parts) != set(self._parts):
+            raise CheckpointRefused(f"it holds {sorted(parts)}, this training has {sorted(self._parts)}")
+        if state["metadata"]["batches_per_epoch"] != len(self._loader):
+            raise CheckpointRefused(
+                f"it counts {state['metadata']['batches_per_epoch']} batches an epoch, the loader has {len(self._loader)}"
+            )
+
+
+def _difference(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    for name in sorted(set(saved) | set(present)):
+        if saved.get(name) != present.get(name):
+            return f"the checkpoint has {name} {saved.get(name)}, the configuration has {present.get(name)}"
+    return ""
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    if config is None:
+        return {}
+    plain = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(plain, dict)
+    return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,84 @@
+"""Everything that makes a step, as values that `torch.load(weights_only=True)` reads back."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from sweeper.errors import CheckpointRefused
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the generators of Python, NumPy, torch and every CUDA device in use."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    return {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "bit_generator": numpy_state["bit_generator"],
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put every generator back to what `rng_state` saw."""
+    python, numpy_state = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    np.random.set_state(
+        {
+            "bit_generator": numpy_state["bit_generator"],
+            "state": {"key": numpy_state["key"].numpy().astype(np.uint32), "pos": numpy_state["pos"]},
+            "has_gauss": numpy_state["has_gauss"],
+            "gauss": numpy_state["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def load_bytes(name: str, data: bytes) -> Any:
+    """Unpickle verified bytes; only tensors and plain values, with no way around.
+
+    Raises:
+        CheckpointRefused: They hold something else.
+    """
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointRefused(f"{name} does not hold plain tensors", why=why[:300]) from error
+
+
+def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module) -> None:
+    """Refuse weights of another model before anything is changed.
+
+    Raises:
+        CheckpointRefused: Naming the first parameter that differs, with both shapes.
+    """
+    present = model.state_dict()
+    for name, tensor in present.items():
+        if name not in saved:
+            raise CheckpointRefused(f"the model has a parameter {name}, the checkpoint has not")
+        if _shape(saved[name]) != _shape(tensor):
+            raise CheckpointRefused(
+                f"parameter {name} has shape {_shape(saved[name])} in the checkpoint, {_shape(tensor)} in the model"
+            )
+    if extra := [name for name in saved if name not in present]:
+        raise CheckpointRefused(f"the checkpoint has a parameter {extra[0]}, the model has not")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if hasattr(value, "shape") else ()

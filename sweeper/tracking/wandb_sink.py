@@ -1,0 +1,249 @@
+"""One W&B run per run id, through the real client, in the tracker process only.
+
+wandb-core, the client's service, is started anew for each attempt, so that it carries the run's
+name in its environment and can be found and ended when it outlives the tracker (see `orphans`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper.states import Outcome, State
+from sweeper.tracking import orphans, wandb_files
+from sweeper.tracking.messages import Begin, End, WandbSettings
+from sweeper.tracking.metrics import Row
+
+if TYPE_CHECKING:
+    import wandb
+
+STEP_KEY = "global_step"
+DEFAULT_PROJECT = "sweeper"
+UNREACHABLE_S = 600.0
+"""How long a server that did not answer is not asked again: each time costs the whole timeout."""
+
+_PREEMPTIONS = (Outcome.PREEMPTED, Outcome.TIMEOUT, Outcome.LOST)
+# Variables that would set what is ours to set for each run.
+_FOREIGN_VARIABLES = ("RUN_ID", "RESUME", "NAME", "RUN_GROUP", "SWEEP_ID", "MODE", "DIR", "TAGS", "NOTES")
+
+
+# --- decisions -----------------------------------------------------------------------------
+
+
+def decide_mode(mode: str | None, *, variable: str | None, has_key: bool) -> str:
+    """online or offline: as configured, else as $WANDB_MODE says, else by whether there is a key."""
+    if mode:
+        return mode
+    if variable in ("online", "offline", "disabled"):
+        return variable
+    return "online" if has_key else "offline"
+
+
+def decide_identity(begin: Begin) -> tuple[str, str]:
+    """W&B's id and `resume` argument for this attempt.
+
+    A run's first attempt cannot find anything on the server, so `must` is for later ones. `never`
+    gives each later attempt a W&B run of its own, into which the whole log is replayed.
+    """
+    resume = begin.settings.wandb.resume
+    if begin.attempt <= 1:
+        return begin.wandb_run_id, "allow"
+    if resume == "never":
+        return f"{begin.wandb_run_id}-{begin.attempt}", "allow"
+    return begin.wandb_run_id, resume
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """How W&B is told about the end of an attempt."""
+
+    exit_code: int
+    is_preempting: bool
+
+
+def decide_farewell(end: End) -> Farewell:
+    """Truthful states in W&B: finished, failed, or preempted when the run will be continued."""
+    state = State(end.state)
+    if state in (State.COMPLETED, State.PRUNED):
+        return Farewell(exit_code=0, is_preempting=False)
+    is_preempting = not state.is_final and Outcome(end.outcome) in _PREEMPTIONS
+    return Farewell(exit_code=1, is_preempting=is_preempting)
+
+
+# --- the client ----------------------------------------------------------------------------
+
+
+class WandbClient:
+    """The imported wandb package, for all runs of one tracker.
+
+    Args:
+        warn: Takes texts for people.
+        clock: Seconds that only go up.
+    """
+
+    def __init__(self, warn: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._mode_variable = os.environ.get("WANDB_MODE")
+        for name in _FOREIGN_VARIABLES:
+            os.environ.pop(f"WANDB_{name}", None)
+        os.environ["WANDB_SILENT"] = "true"
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self._wandb = wandb
+        self._warn = warn
+        self._clock = clock
+        self._online_again_s = 0.0
+
+    def open(self, begin: Begin) -> WandbSink | None:
+        """Start or resume the W&B run of a run; None when $WANDB_MODE disables W&B.
+
+        Whatever keeps it from being online makes it offline, with the same id and a warning.
+        """
+        settings = begin.settings.wandb
+        mode = decide_mode(settings.mode, variable=self._mode_variable, has_key=self._has_key())
+        if mode == "disabled":
+            return None
+        orphans.end(orphans.RUN_VARIABLE, begin.run_id, wait_s=2.0)
+        os.environ[orphans.RUN_VARIABLE] = begin.run_id
+        if mode == "online" and self._clock() < self._online_again_s:
+            self._warn("W&B did not answer a short while ago: this run is logged offline")
+            mode = "offline"
+        try:
+            return self._init(begin, mode)
+        except Exception as error:
+            let_go(begin.run_id)
+            if mode == "offline":
+                raise
+            self._warn(self._advice(error, begin))
+            return self._init(begin, "offline")
+
+    def _init(self, begin: Begin, mode: str) -> WandbSink:
+        settings = begin.settings.wandb
+        wandb_run_id, resume = decide_identity(begin)
+        root = Path(settings.dir or begin.run_dir)
+        if settings.dir:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)  # else wandb takes one below /tmp
+        on_disk = wandb_files.last_step(root / "wandb", wandb_run_id) if mode == "offline" else -1
+        run = self._wandb.init(
+            id=wandb_run_id,
+            name=begin.run_id,
+            group=settings.group or begin.sweep,
+            project=settings.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+            entity=settings.entity,
+            tags=list(settings.tags) or None,
+            dir=str(root),
+            config=begin.config,
+            resume=resume,  # type: ignore[arg-type]
+            settings=self._settings(settings, mode),
+        )
+        run.define_metric(STEP_KEY)
+        run.define_metric("*", step_metric=STEP_KEY)
+        next_step = max(run.starting_step, on_disk + 1)
+        return WandbSink(run, run_id=begin.run_id, next_step=next_step, warn=self._warn)
+
+    def _settings(self, settings: WandbSettings, mode: str) -> wandb.Settings:
+        return self._wandb.Settings(
+            mode=mode,  # type: ignore[arg-type]
+            init_timeout=settings.init_timeout_s,
+            finish_timeout=settings.finish_timeout_s,
+            finish_timeout_raises=True,
+            reinit="create_new",
+            silent=True,
+            # What the tracker process is and uses says nothing about the training.
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+
+    def _has_key(self) -> bool:
+        """Whether the client finds a key by itself: environment, netrc, settings. Asks nobody."""
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib import wbauth
+
+        try:
+            host = wandb_setup.singleton().settings.base_url
+            found = wbauth.authenticate_session(
+                host=host, source="sweeper", prompt=False, update_session=False
+            )
+        except self._wandb.errors.Error:
+            return True  # there is one, and it is not valid: `open` will say so
+        return found is not None
+
+    def _advice(self, error: Exception, begin: Begin) -> str:
+        errors = self._wandb.errors
+        if isinstance(error, errors.CommError) and not isinstance(error, errors.AuthenticationError):
+            self._online_again_s = self._clock() + UNREACHABLE_S
+        text = " ".join(str(error).split())[:300]
+        return (
+            f"W&B run {begin.wandb_run_id} is logged offline ({text}). "
+            "Check the key, the access to the project and the network."
+        )
+
+
+class WandbSink:
+    """One attempt's part of a W&B run."""
+
+    def __init__(self, run: wandb.Run, *, run_id: str, next_step: int, warn: Callable[[str], None]) -> None:
+        self.next_step = next_step
+        self._run = run
+        self._run_id = run_id
+        self._warn = warn
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Where the run can be seen: `wandb_url` when online, else `wandb_dir`."""
+        if self._run.offline:
+            return {"wandb_dir": str(Path(self._run.dir).parent)}
+        return {"wandb_url": self._run.url or ""}
+
+    def write(self, step: int, row: Row) -> None:
+        """One row; names that begin with an underscore are W&B's own and are left out."""
+        values: dict[str, Any] = {key: value for key, value in row.items() if not key.startswith("_")}
+        self._run.log({**values, STEP_KEY: step}, step=step, commit=True)
+
+    def flush(self) -> None:
+        """The client sends by itself."""
+
+    def finish(self, end: End) -> None:
+        """Say truthfully how the attempt ended, and wait for the server no longer than agreed."""
+        farewell = decide_farewell(end)
+        summary = {"sweeper/state": end.state, "sweeper/outcome": end.outcome, **end.summary}
+        if end.value is not None:
+            summary["sweeper/value"] = end.value
+        self._run.summary.update(summary)
+        if farewell.is_preempting:
+            self._run.mark_preempting()
+        try:
+            self._run.finish(exit_code=farewell.exit_code)
+        except TimeoutError:
+            self._warn("W&B did not take all rows in time; metrics.jsonl has them")
+            let_go(self._run_id)
+        else:
+            _tear_down()
+
+    def abandon(self) -> None:
+        """End the service at once: nothing more is sent, and W&B is told no end."""
+        let_go(self._run_id)
+
+
+def let_go(run_id: str) -> None:
+    """End the service of a run at once and forget it; the next `init` starts another."""
+    orphans.end(orphans.RUN_VARIABLE, run_id, wait_s=2.0)
+    _tear_down()
+
+
+def _tear_down() -> None:
+    import wandb
+
+    with contextlib.suppress(Exception):  # it complains when the service is gone already
+        wandb.teardown()

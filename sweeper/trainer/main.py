@@ -1,0 +1,190 @@
+"""What one trainer process does: take its identity, train, and say how it ended.
+
+Called in a child of the warm server (`sweeper.trainer.server`), or in a plain process:
+`python -m sweeper.trainer.main FD`, which reads the spec from the socket first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+import random
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sweeper import checkpoints, processes, rundir
+from sweeper.channel import Channel, ChannelClosed, WorkerLink
+from sweeper.errors import EXIT_FENCED, EXIT_RELEASED, CheckpointError, ConfigError, Fenced
+from sweeper.trainer.run import (
+    NoValidCheckpoint,
+    Preempted,
+    Run,
+    Spec,
+    TrialPruned,
+    checked_value,
+    in_attempt,
+)
+
+MAX_TRACEBACK_CHARS = 20_000
+DISK_FAULTS = frozenset({5, 28, 30, 122})  # EIO, ENOSPC, EROFS, EDQUOT
+
+
+def be_trainer(spec: Spec, channel: Channel, *, worker_pid: int, log_fd: int) -> int:
+    """Train one attempt in this process; returns the exit code."""
+    processes.die_with_parent(worker_pid)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.close(log_fd)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # the worker decides, and tells at a step boundary
+    os.environ["SWEEPER_ATTEMPT"] = in_attempt(spec.run_id, spec.lease_epoch)
+    # Loader workers of a dead trainer would linger for seconds.
+    trainer_pid = os.getpid()
+    os.register_at_fork(after_in_child=lambda: processes.die_with_parent(trainer_pid))
+    channel.send("hello", pid=trainer_pid)
+    link = WorkerLink(channel, deadline_s=spec.deadline_s)
+    try:
+        return train_and_tell(spec, link)
+    except ChannelClosed:
+        print("[RUN] the worker is gone; this attempt ends here", file=sys.stderr, flush=True)
+        return EXIT_RELEASED
+
+
+def train_and_tell(spec: Spec, link: WorkerLink) -> int:
+    """Run the training function and tell the worker the outcome."""
+    run = Run(spec, link)
+    try:
+        function, cfg = load_training(spec)
+        run.config = cfg
+        prepare_process(spec)
+        value = checked_value(function(cfg.trainer, run))
+    except TrialPruned as stop:
+        link.tell("pruned", value=run.last_value, reason=str(stop))
+    except Preempted as stop:
+        link.tell("preempted", reason=str(stop))
+        return EXIT_RELEASED
+    except Fenced as error:
+        print(f"[RUN] {error}", file=sys.stderr, flush=True)
+        link.tell("fenced", reason=str(error))
+        return EXIT_FENCED
+    except NoValidCheckpoint as error:
+        link.tell("no_checkpoint", reason=str(error))
+        return 1
+    except ChannelClosed:
+        raise
+    except BaseException as error:
+        return _tell_error(error, run, link)
+    else:
+        link.tell("result", value=value)
+    return 0
+
+
+def _tell_error(error: BaseException, run: Run, link: WorkerLink) -> int:
+    if type(error).__module__.startswith("optuna") and type(error).__name__ == "TrialPruned":
+        link.tell("pruned", value=run.last_value, reason=str(error) or "the training raised TrialPruned")
+        return 0
+    text = traceback.format_exc()
+    print(text, file=sys.stderr, flush=True)
+    reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    link.tell(
+        "error",
+        reason=reason[:2000],
+        detail=text[-MAX_TRACEBACK_CHARS:],
+        is_oom=is_out_of_memory(error),
+        is_disk_fault=_is_disk_fault(error),
+    )
+    return 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's or torch's memory error, on whatever device."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _is_disk_fault(error: BaseException) -> bool:
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return any(
+        isinstance(link, CheckpointError | OSError) and getattr(link, "errno", None) in DISK_FAULTS for link in chain
+    )
+
+
+def load_training(spec: Spec) -> tuple[Callable[[Any, Run], object], Any]:
+    """The training function and the run's configuration, from the run directory.
+
+    Raises:
+        ConfigError: config.yaml is not the run's own, or the function cannot be imported.
+    """
+    from omegaconf import OmegaConf
+
+    data = rundir.read_bytes(Path(spec.run_dir) / rundir.CONFIG_FILE)
+    if checkpoints.digest(data) != spec.config_digest:
+        raise ConfigError(f"config.yaml of run {spec.run_id} was changed", do="Restore it, or cancel and retry the run.")
+    cfg = OmegaConf.create(data.decode())
+    target = OmegaConf.select(cfg, "trainer._target_")
+    del cfg.trainer["_target_"]
+    return find_function(str(target)), cfg
+
+
+def find_function(target: str) -> Callable[[Any, Run], object]:
+    """Import `package.module.function`; modules in the current directory are found too."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, name = target.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"trainer._target_={target} cannot be imported",
+            why=f"{type(error).__name__}: {error}",
+            do="Name an importable function def train(cfg, run) -> float.",
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"trainer._target_={target} is not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def prepare_process(spec: Spec) -> None:
+    """Seed every generator with the run's seed, and fix the number of threads."""
+    random.seed(spec.seed)
+    with contextlib.suppress(ImportError):
+        import numpy as np
+
+        np.random.seed(spec.seed)
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        torch.manual_seed(spec.seed)
+
+
+def leave(code: int) -> None:
+    """End a forked process: flush and run exit handlers, but none of the parent's frames."""
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def main(argv: list[str]) -> int:
+    """A plain trainer process: the spec arrives as the first message on the inherited socket."""
+    channel = Channel(socket.socket(fileno=int(argv[0])))
+    (message,) = channel.receive(wait_s=None)
+    return be_trainer(Spec(**message["spec"]), channel, worker_pid=message["worker_pid"], log_fd=int(argv[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

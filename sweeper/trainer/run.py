@@ -1,0 +1,251 @@
+"""`Run`: what a training function gets beside its configuration. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sweeper import checkpoints, clock, rundir
+from sweeper.channel import Link
+from sweeper.checkpoints import Draft, Manifest
+from sweeper.errors import SweeperError
+from sweeper.records import Params
+from sweeper.tracking.metrics import MetricsLog
+
+PROGRESS_EVERY_S = 0.25
+
+
+class Stop(BaseException):
+    """A training ends here, on purpose. Not an Exception, so that `except Exception` lets it pass."""
+
+
+class Preempted(Stop):
+    """The run was checkpointed and goes on in another attempt."""
+
+
+class TrialPruned(Stop):
+    """The pruner stopped this trial; its last reported value is what Optuna is told."""
+
+
+class NoValidCheckpoint(SweeperError):
+    """Checkpoints had been committed, but none of them can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a worker tells a new trainer. Plain JSON values.
+
+    Attributes:
+        starts: (lease_epoch, start step) of the attempts so far, from the database.
+        was_committed: The database knows of a committed checkpoint.
+        checkpoint: The run's `checkpoint` settings.
+    """
+
+    run_dir: str
+    run_id: str
+    sweep: str
+    trial: int
+    params: Params
+    seed: int
+    threads: int
+    attempt: int
+    lease_epoch: int
+    config_digest: str
+    deadline_s: float
+    metric: str
+    direction: str
+    has_pruner: bool
+    was_committed: bool
+    starts: list[list[int]] = field(default_factory=list)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One run, as its training sees it: who it is, where it writes, and the worker behind it.
+
+    Attributes:
+        run_id: Stable id, e.g. `simple.r.00003`.
+        trial: Number of the trial in the Optuna study.
+        params: The trial's hyperparameters.
+        seed: Seed of this trial; Python, NumPy and torch are seeded with it already.
+        directory: The run directory.
+    """
+
+    def __init__(self, spec: Spec, link: Link, *, config: Any = None) -> None:
+        self.spec = spec
+        self.config = config
+        self.run_id, self.trial, self.params, self.seed = spec.run_id, spec.trial, spec.params, spec.seed
+        self.directory = Path(spec.run_dir)
+        self.checkpoints_dir = self.directory / rundir.CHECKPOINTS_DIR
+        self.start_step = 0
+        self.last_value: float | None = None
+        self._link = link
+        self._metrics: MetricsLog | None = None
+        self._has_started = False
+        self._told_at = 0.0
+        self._known_good: set[int] = set()
+        self._parent_step: int | None = None
+
+    # --- metrics ---------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> MetricsLog:
+        """The metrics log; opened empty unless a resume opened it at its checkpoint's offset."""
+        if self._metrics is None:
+            self.open_metrics(0)
+        assert self._metrics is not None
+        return self._metrics
+
+    def open_metrics(self, offset: int) -> None:
+        """Cut the metrics log to what the checkpoint knows of, in a new file."""
+        self._metrics = MetricsLog(self.directory / rundir.METRICS_FILE, offset=offset)
+        if self._metrics.warning:
+            print(f"[RESUME] {self.run_id}: {self._metrics.warning}", flush=True)
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Append a row to the metrics log; W&B and TensorBoard follow it.
+
+        When the row holds the sweep's metric and a pruner is set, the worker is asked.
+
+        Raises:
+            TrialPruned: The pruner stops this trial.
+        """
+        self.start()
+        self.metrics.write(step, row)
+        if self.spec.metric not in row:
+            return
+        self.last_value = float(row[self.spec.metric])
+        if self.spec.has_pruner:
+            answer = self._link.ask("report", step=step, value=self.last_value)
+            if answer["prune"]:
+                raise TrialPruned(f"stopped by the pruner at step {step}")
+
+    # --- the course of an attempt ----------------------------------------------------------
+
+    def start(self, *, step: int = 0, total_steps: int | None = None) -> None:
+        """Tell the worker where this attempt starts; only the first call counts."""
+        if not self._has_started:
+            self._has_started = True
+            self.start_step = step
+            checkpoints.void(self.metrics)  # opened, so cut, before the first step
+            self._link.ask("started", step=step, total_steps=total_steps)
+
+    def progress(self, step: int | None = None, *, total_steps: int | None = None) -> None:
+        """Show a sign of life, e.g. in a long evaluation; at most a few a second are sent.
+
+        Raises:
+            Fenced: The lease may be over; nothing more may be written.
+        """
+        self._link.poll()
+        now = clock.awake_s()
+        if now - self._told_at >= PROGRESS_EVERY_S:
+            self._told_at = now
+            self._link.tell("progress", step=step, total_steps=total_steps)
+
+    def complain(self, text: str) -> None:
+        """Say something in the worker's log that a person should see."""
+        self._link.tell("complaint", text=text)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why this attempt should stop at the next step boundary; None to go on."""
+        return self._link.stop_reason
+
+    # --- checkpoints -----------------------------------------------------------------------
+
+    def candidates(self) -> list[Path]:
+        """Checkpoint directories that may be resumed from, newest first; none may be valid."""
+        return [directory for _, directory in checkpoints.steps_on_disk(self.checkpoints_dir)]
+
+    def read(self, directory: Path) -> tuple[Manifest, dict[str, bytes]]:
+        """Verify one candidate and return exactly the bytes that were verified.
+
+        Raises:
+            CheckpointRefused: With the reason.
+        """
+        return checkpoints.validate(
+            directory,
+            run_id=self.run_id,
+            config_digest=self.spec.config_digest,
+            starts=self._all_starts(),
+            keep=True,
+        )
+
+    def _all_starts(self) -> set[tuple[int, int]]:
+        known = {(int(epoch), int(step)) for epoch, step in self.spec.starts}
+        return known | checkpoints.known_starts(self.checkpoints_dir)
+
+    def was_ever_committed(self) -> bool:
+        """Whether database or disk know of a checkpoint of this run."""
+        return self.spec.was_committed or checkpoints.was_ever_committed(self.checkpoints_dir)
+
+    def refuse(self, step_name: str, reason: str) -> None:
+        """Say in both logs why a candidate is not used."""
+        print(f"[RESUME] {self.run_id}: checkpoint {step_name} refused: {reason}", flush=True)
+        self._link.tell("refused", checkpoint=step_name, reason=reason)
+
+    def resumed(self, step: int, *, refused: Iterable[Path]) -> None:
+        """This attempt goes on from `step`: refused and newer checkpoints are moved out of the way."""
+        self._parent_step = step
+        self._known_good.add(step)
+        print(f"[RESUME] {self.run_id}: going on from step {step}", flush=True)
+        self._link.ask("resumed", step=step)
+        checkpoints.condemn(self.checkpoints_dir, refused)
+
+    def draft(self, step: int) -> Draft:
+        """Begin a checkpoint of `step`; nothing of it counts until `commit`."""
+        spec = self.spec
+        lineage = sorted({(int(e), int(s)) for e, s in spec.starts} | {(spec.lease_epoch, self.start_step)})
+        return Draft(
+            root=self.checkpoints_dir,
+            run_id=self.run_id,
+            step=step,
+            lease_epoch=spec.lease_epoch,
+            lineage=tuple(lineage),
+            parent_step=self._parent_step,
+            config_digest=spec.config_digest,
+        )
+
+    def commit(self, draft: Draft) -> None:
+        """Make a draft the newest checkpoint and prune older ones.
+
+        Raises:
+            Fenced: The run belongs to somebody else.
+            OSError: The disk refused; older checkpoints are untouched.
+        """
+        checkpoints.commit(
+            draft,
+            check_lease=lambda: checkpoints.void(self._link.ask("lease")),
+            record=lambda manifest: checkpoints.void(self._link.ask("committed", step=manifest.step)),
+            committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._known_good.add(draft.step)
+        checkpoints.prune(
+            self.checkpoints_dir,
+            run_id=self.run_id,
+            keep_last=int(self.spec.checkpoint.get("keep_last", 3)),
+            known_good=self._known_good,
+            starts=self._all_starts(),
+        )
+
+
+def checked_value(value: object) -> float:
+    """The number a training returned. Raises TypeError or ValueError with words for people."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"the training must return a number, not {type(value).__name__} {str(value)[:60]!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"the training returned {value}, which says nothing about its parameters")
+    return float(value)
+
+
+def in_attempt(run_id: str, lease_epoch: int) -> str:
+    """The tag that programs started by an attempt inherit in their environment."""
+    return f"{run_id}:{lease_epoch}"
+
+

@@ -1,0 +1,442 @@
+"""The worker's loop: claim an incomplete run, else draw a trial; train it; settle what became of it.
+
+Torch-free, and the only process that talks to the database while training goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sweeper import __version__, checkpoints, clock, processes, recovery, rundir
+from sweeper.config import for_run, to_yaml
+from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperError
+from sweeper.observer import Observer
+from sweeper.records import Claim, Ending, Lease, Run, Sweep
+from sweeper.recovery import Action, Decision
+from sweeper.rundir import Damaged, Identity
+from sweeper.search import Search
+from sweeper.states import INCOMPLETE, Outcome, State
+from sweeper.store import Store
+from sweeper.supervisor import LeaseTimes, Supervisor, WarmServer
+from sweeper.tracking import Tracker, TrackingSettings
+from sweeper.trainer.run import Spec
+
+IDLE_POLL_S = 0.2
+
+
+def log(text: str) -> None:
+    """One line for people; progress and logs go to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class StopFlag:
+    """Why this worker should stop. Handlers only set it; a pipe wakes whoever selects.
+
+    Args:
+        launcher_fd: Read end of a pipe the launcher holds open; its end means the launcher is gone.
+    """
+
+    def __init__(self, launcher_fd: int | None = None) -> None:
+        self.reason: str | None = None
+        self._launcher_fd = launcher_fd
+        if launcher_fd is not None:
+            os.set_blocking(launcher_fd, False)
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_w, False)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, self._on_signal)
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or f"the worker got {signal.Signals(signum).name}"
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What to select on."""
+        return (self._wake_r,) if self._launcher_fd is None else (self._wake_r, self._launcher_fd)
+
+    def check(self) -> str | None:
+        """The reason to stop, or None."""
+        if self.reason is None and self._launcher_fd is not None and _at_end(self._launcher_fd):
+            self.reason = "the launcher is gone"
+        return self.reason
+
+
+def _at_end(fd: int) -> bool:
+    try:
+        return os.read(fd, 4096) == b""
+    except BlockingIOError:
+        return False
+
+
+class Worker:
+    """One worker of one sweep.
+
+    Args:
+        store: The open database.
+        sweep: What to work on.
+        data_dir: Where run directories are.
+        name: Stable name of this worker, e.g. `node7:0`; it prefers runs it owned before.
+        server: Where trainers come from.
+        stop: Set by signals and by the launcher's end.
+        threads: Threads of a trainer that is drawn here.
+    """
+
+    def __init__(
+        self, store: Store, sweep: Sweep, *, data_dir: Path, name: str, server: WarmServer, stop: StopFlag, threads: int
+    ) -> None:
+        self._store, self._sweep, self._data_dir, self._name = store, sweep, data_dir, name
+        self._stop, self._threads = stop, threads
+        self._me = processes.identify()
+        self._search = Search(store, sweep)
+        self._times = LeaseTimes(**sweep.config["lease"])
+        self._observer = Observer(ttl_s=self._times.ttl_s)
+        self._tracker = Tracker(TrackingSettings.from_config(sweep.config["tracking"]))
+        self._supervisor = Supervisor(
+            store, search=self._search, times=self._times, server=server, log=log,
+            stop_reason=stop.check, wake_fds=stop.fds, tick=self._show_tracking,
+        )  # fmt: skip
+
+    # --- the loop --------------------------------------------------------------------------
+
+    def work(self) -> int:
+        """Work until nothing is left to do; returns the exit code."""
+        if count := self._store.adopt_orphans(self._sweep.sweep_id):
+            log(f"[RESUME] {count} trials of the study had no run; they are drawn again")
+        while self._stop.check() is None:
+            claim = self._find()
+            if claim is not None:
+                self._handle(claim)
+            elif self._is_finished():
+                return EXIT_OK
+            else:
+                self._supervisor.reap()
+                time.sleep(IDLE_POLL_S)
+        log(f"[WORKER] {self._name}: released ({self._stop.reason})")
+        return EXIT_RELEASED
+
+    def close(self) -> None:
+        """Let the tracker finish what it has to send."""
+        self._tracker.close(self._tracker.settings.wandb.finish_timeout_s + 5.0)
+
+    def _is_finished(self) -> bool:
+        left, incomplete = self._store.count_left(self._sweep.sweep_id)
+        return incomplete == 0 and (left == 0 or self._search.propose() is None or self._is_late())
+
+    def _find(self) -> Claim | None:
+        sweep_id = self._sweep.sweep_id
+        claim = self._store.claim(sweep_id, owner=self._me, worker=self._name)
+        if claim is not None:
+            return claim
+        for suspect, reason in self._observer.over(self._store.suspects(sweep_id)):
+            claim = self._store.take_over(suspect, owner=self._me, worker=self._name, reason=reason)
+            if claim is not None:
+                return claim
+        return None if self._is_late() else self._draw()
+
+    def _is_late(self) -> bool:
+        until = self._sweep.config.get("stop_at")
+        return until is not None and clock.wall_s() >= until
+
+    def _draw(self) -> Claim | None:
+        while self._store.count_left(self._sweep.sweep_id)[0] > 0:
+            proposal = self._search.propose()
+            if proposal is None:
+                return None
+            claim = self._store.draw(self._sweep, proposal, owner=self._me, worker=self._name, threads=self._threads)
+            if claim is not None:
+                return claim
+        return None
+
+    # --- one claim -------------------------------------------------------------------------
+
+    def _handle(self, claim: Claim) -> None:
+        """Take one claimed run as far as it goes. Losing the lease is an ordinary result."""
+        try:
+            self._take(claim)
+        except Fenced as error:
+            log(f"[LEASE] {error}")
+
+    def _take(self, claim: Claim) -> None:
+        run = claim.run
+        run_dir = self._data_dir / run.path
+        if claim.previous:
+            tag = f"{run.run_id}:{run.lease_epoch - 1}"
+            killed = processes.kill_leftovers(claim.previous, attempt_tag=tag)
+            ended = f"; ended what was left of it ({', '.join(map(str, killed))})" if killed else ""
+            log(f"[LEASE] {run.run_id}: taken over, {claim.reason}{ended}")
+        lease = self._raise_epoch(claim, run_dir)
+        identity = self._identity(run, run_dir)
+        decision = self._on_claim(claim, run_dir)
+        rundir.write_marker(run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now())
+        if decision.action is Action.ADOPT:
+            self._adopt(run, lease, run_dir, decision)
+        elif decision.action is Action.SUPERSEDE:
+            self._supersede(run, lease, run_dir, Ending(Outcome.PREEMPTED, decision.reason))
+        elif run.lost_count > int(self._sweep.config["retry"]["max_lost"]):
+            self._finish(run, lease, run_dir, Ending(Outcome.LOST, claim.reason), count=run.lost_count)
+        else:
+            self._train(claim, lease, run_dir, identity)
+
+    def _raise_epoch(self, claim: Claim, run_dir: Path) -> Lease:
+        on_disk = rundir.largest_epoch(run_dir) if run_dir.exists() else 0
+        if on_disk < claim.lease.lease_epoch:
+            return claim.lease
+        log(f"[LEASE] {claim.run.run_id}: lease epoch raised above {on_disk}, which is on disk")
+        return self._store.raise_epoch(claim.lease, above=on_disk)
+
+    def _identity(self, run: Run, run_dir: Path) -> Identity:
+        """The run's identity from its directory, which is created now if it never was."""
+        try:
+            identity = rundir.read_identity(run_dir)
+        except FileNotFoundError:
+            return self._create(run, run_dir)
+        if (identity.wandb_run_id, identity.params, identity.seed) != (run.wandb_run_id, run.params, run.seed):
+            raise ConfigError(
+                f"the directory {run_dir} belongs to another run of the name {run.run_id}",
+                do="Choose another data_dir or sweep.name, or make the database anew with `sweeper rebuild`.",
+            )
+        return identity
+
+    def _create(self, run: Run, run_dir: Path) -> Identity:
+        config = to_yaml(for_run(self._sweep.config, run.params))
+        identity = Identity(
+            run_id=run.run_id, sweep=self._sweep.name, number=run.number, trial=run.trial, params=run.params,
+            seed=run.seed, threads=run.threads, wandb_run_id=run.wandb_run_id, config_digest=checkpoints.digest(config),
+            code_version=__version__, created_at=_now(), replaces=run.replaces, retry_of=run.retry_of,
+        )  # fmt: skip
+        rundir.create(run_dir, identity, config=config, overrides=rundir.overrides_yaml(run.params))
+        return identity
+
+    def _on_claim(self, claim: Claim, run_dir: Path) -> Decision:
+        try:
+            result = rundir.read_result(run_dir)
+        except Damaged as error:
+            log(f"[RESUME] {claim.run.run_id}: {error}; moved aside")
+            result = {}
+        decision = recovery.on_claim(
+            claimed_epoch=claim.lease.lease_epoch, result=result, mode=self._sweep.config["resume"]["mode"], is_new=claim.is_new
+        )
+        if result is not None and decision.action is not Action.ADOPT:
+            rundir.move_result_aside(run_dir)
+        if not claim.is_new:
+            step = claim.run.checkpoint_step
+            log(
+                f"[RESUME] Found incomplete run {claim.run.run_id} (trial {claim.run.trial}, attempt {claim.run.attempts}, "
+                f"{claim.reason}, last checkpoint {'none' if step is None else f'step {step}'}): {decision.action}, {decision.reason}"
+            )
+        return decision
+
+    def _train(self, claim: Claim, lease: Lease, run_dir: Path, identity: Identity) -> None:
+        run = claim.run
+        rundir.clean(run_dir)
+        checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch)
+        spec = self._spec(run, lease, run_dir, identity)
+        log_path = rundir.attempt_log(run_dir, run.attempts)
+        ending = self._supervisor.run(run, lease, spec, log_path, on_start=lambda: self._track(run, lease, run_dir))
+        count = self._store.budget_after(lease, ending.outcome)
+        self._finish(run, lease, run_dir, ending, count=count)
+
+    def _spec(self, run: Run, lease: Lease, run_dir: Path, identity: Identity) -> Spec:
+        sweep = self._sweep
+        return Spec(
+            run_dir=str(run_dir.resolve()), run_id=run.run_id, sweep=sweep.name, trial=run.trial, params=run.params,
+            seed=run.seed, threads=run.threads, attempt=run.attempts, lease_epoch=lease.lease_epoch,
+            config_digest=identity.config_digest, deadline_s=clock.boot_s() + self._times.fence_s,
+            metric=sweep.metric, direction=sweep.direction, has_pruner=_has_pruner(sweep.config["pruner"]),
+            was_committed=run.checkpoint_step is not None,
+            starts=[list(pair) for pair in self._store.starts(run.run_id)], checkpoint=sweep.config["checkpoint"],
+        )  # fmt: skip
+
+    # --- after an attempt ------------------------------------------------------------------
+
+    def _finish(self, run: Run, lease: Lease, run_dir: Path, ending: Ending, *, count: int) -> None:
+        config = self._sweep.config
+        decision = recovery.after(ending, count=count, retry=config["retry"], on_invalid=config["resume"]["on_invalid"])
+        log(_sentence(run, ending, decision))
+        self._tracker.end(
+            run_id=run.run_id, outcome=str(ending.outcome), state=str(decision.state or State.INTERRUPTED), value=ending.value
+        )
+        if decision.action is Action.SETTLE:
+            assert decision.state is not None
+            settle(self._store, lease, run_dir, decision.state, replace(ending, reason=decision.reason))
+        elif decision.action is Action.RELEASE:
+            self._store.release(lease, ending, not_before=clock.wall_s() + decision.back_off_s if decision.back_off_s else 0.0)
+        elif decision.action is Action.SUPERSEDE:
+            self._supersede(run, lease, run_dir, ending)
+
+    def _adopt(self, run: Run, lease: Lease, run_dir: Path, decision: Decision) -> None:
+        """Finish what an owner began that died between result.json and the database."""
+        result = rundir.read_result(run_dir) or {}
+        assert decision.state is not None
+        ending = Ending(_outcome_of(decision.state), str(result.get("reason", "")), value=result.get("value"))
+        log(f"[RESUME] {run.run_id}: {decision.reason}; adopted")
+        self._store.settle(lease, decision.state, ending)
+        rundir.remove_marker(run_dir)
+
+    def _supersede(self, run: Run, lease: Lease, run_dir: Path, ending: Ending) -> None:
+        claim = supersede(self._store, self._sweep, run, lease, ending, data_dir=self._data_dir, create=self._create, owner=self._me, worker=self._name)
+        log(f"[RESUME] {run.run_id}: {ending.reason}, starting fresh as {claim.run.run_id}")
+        self._handle(claim)
+
+    # --- tracking --------------------------------------------------------------------------
+
+    def _track(self, run: Run, lease: Lease, run_dir: Path) -> None:
+        config = for_run(self._sweep.config, run.params)["trainer"]
+        self._tracker.begin(
+            run_dir=run_dir, run_id=run.run_id, sweep=self._sweep.name, wandb_run_id=run.wandb_run_id, attempt=run.attempts,
+            lease_epoch=lease.lease_epoch, config={**config, "trial": run.trial, "seed": run.seed},
+        )  # fmt: skip
+
+    def _show_tracking(self) -> None:
+        for event in self._tracker.poll():
+            if event["event"] == "warning":
+                log(f"[TRACKING] {event['text']}")
+
+
+# --- acts that crashes may interrupt anywhere ------------------------------------------------
+
+
+def settle(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
+    """Make a run's final state durable: result.json → database → marker, in this order."""
+    root = run_dir / rundir.CHECKPOINTS_DIR
+    store.check(lease)
+    rundir.clean(run_dir)
+    checkpoints.clean(root, lease_epoch=lease.lease_epoch + 1)
+    steps = checkpoints.steps_on_disk(root)
+    checkpoints.write_stages(root, stage="train", state=str(state), step=steps[0][0] if steps else 0)
+    rundir.write_result(
+        run_dir, lease_epoch=lease.lease_epoch, state=str(state), value=ending.value,
+        reason=ending.reason, outcome=str(ending.outcome), finished_at=_now(),
+    )  # fmt: skip
+    store.settle(lease, state, ending)
+    rundir.remove_marker(run_dir)
+
+
+def supersede(
+    store: Store, sweep: Sweep, run: Run, lease: Lease, ending: Ending, *, data_dir: Path, create: Any, owner: Any, worker: str
+) -> Claim:
+    """Start a fresh run in place of one that cannot go on.
+
+    New number → new directory and marker durable → one transaction → old result → old marker.
+    """
+    fresh = _unadopted(store, sweep, run, data_dir) or _fresh_run(store, sweep, run)
+    fresh_dir = data_dir / fresh.path
+    create(fresh, fresh_dir)
+    rundir.write_marker(fresh_dir, attempt=1, lease_epoch=fresh.lease_epoch, owner=owner, started_at=_now())
+    claim = store.supersede(lease, ending, fresh, owner=owner, worker=worker)
+    close_superseded(data_dir / run.path, lease_epoch=lease.lease_epoch, by=fresh.run_id, reason=ending.reason)
+    return claim
+
+
+def close_superseded(run_dir: Path, *, lease_epoch: int, by: str, reason: str) -> None:
+    """Result and marker of a superseded run, once the database knows."""
+    rundir.write_result(run_dir, lease_epoch=lease_epoch, state=str(State.SUPERSEDED), value=None, reason=reason, by=by)
+    rundir.remove_marker(run_dir)
+
+
+def _fresh_run(store: Store, sweep: Sweep, run: Run) -> Run:
+    from sweeper.store import new_wandb_id
+
+    number = store.reserve_number(sweep.sweep_id)
+    run_id = rundir.run_id(sweep.name, number)
+    return replace(
+        run, run_id=run_id, number=number, path=rundir.relative_path(sweep.name, number), wandb_run_id=new_wandb_id(run_id),
+        state=State.RUNNING, lease_epoch=1, attempts=1, global_step=0, checkpoint_step=None, replaces=run.run_id,
+    )  # fmt: skip
+
+
+def _unadopted(store: Store, sweep: Sweep, run: Run, data_dir: Path) -> Run | None:
+    """A directory that an earlier superseder of this run made durable but never put in the database."""
+    known = {other.run_id for other in store.runs(sweep.sweep_id)}
+    for directory in rundir.run_dirs(data_dir, sweep.name):
+        if directory.name in known:
+            continue
+        try:
+            identity = rundir.read_identity(directory)
+        except (FileNotFoundError, Damaged):
+            continue
+        if identity.replaces == run.run_id and identity.params == run.params:
+            return replace(
+                run, run_id=identity.run_id, number=identity.number, path=rundir.relative_path(sweep.name, identity.number),
+                wandb_run_id=identity.wandb_run_id, state=State.RUNNING, lease_epoch=rundir.largest_epoch(directory) + 1,
+                attempts=1, global_step=0, checkpoint_step=None, replaces=run.run_id,
+            )  # fmt: skip
+    return None
+
+
+def tidy_final(store: Store, sweep: Sweep, data_dir: Path) -> None:
+    """Remove markers that outlived their finished run, and close superseded runs half closed."""
+    for run in store.runs(sweep.sweep_id, [state for state in State if state not in INCOMPLETE]):
+        run_dir = data_dir / run.path
+        if not rundir.marker_path(run_dir).exists():
+            continue
+        if run.state is State.SUPERSEDED and not (run_dir / rundir.RESULT_FILE).exists():
+            rundir.write_result(run_dir, lease_epoch=run.lease_epoch, state=str(run.state), value=None, reason="superseded")
+        log(f"[RESUME] {run.run_id} is {run.state}; its marker had outlived it and is removed")
+        rundir.remove_marker(run_dir)
+
+
+def _outcome_of(state: State) -> Outcome:
+    return Outcome(str(state)) if str(state) in set(Outcome) else Outcome.CRASHED
+
+
+def _sentence(run: Run, ending: Ending, decision: Decision) -> str:
+    value = f", value {ending.value:.6g}" if ending.value is not None else ""
+    reason = f": {decision.reason}" if decision.reason else ""
+    after = {Action.SETTLE: str(decision.state), Action.RELEASE: "may go on", Action.SUPERSEDE: "starts fresh"}
+    return f"[RUN] {run.run_id} (trial {run.trial}): attempt {run.attempts} {ending.outcome}{value} → {after.get(decision.action, 'left alone')}{reason}"
+
+
+def _has_pruner(config: Mapping[str, Any] | None) -> bool:
+    return bool(config) and not str(config["_target_"]).endswith(".NopPruner")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+def main(sweep: str, *, storage: str, data_dir: Path, name: str | None = None, launcher_fd: int | None = None) -> int:
+    """Run one worker of `sweep` until nothing is left; returns the exit code."""
+    stop = StopFlag(launcher_fd)
+    processes.adopt_orphans()
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment.pop("SWEEPER_STORAGE", None)  # a trainer holds no database password
+    server = WarmServer(environment, is_warm="CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] == "")
+    server.start()  # imports torch while this process opens the database
+    try:
+        return _work(sweep, storage=storage, data_dir=data_dir, name=name, server=server, stop=stop)
+    finally:
+        server.stop()
+
+
+def _work(sweep: str, *, storage: str, data_dir: Path, name: str | None, server: WarmServer, stop: StopFlag) -> int:
+    store = Store(storage)
+    found = store.sweep(sweep)
+    store.ttl_s = float(found.config["lease"]["ttl_s"])
+    threads = int(os.environ.get("SWEEPER_THREADS", "1"))
+    tidy_final(store, found, data_dir)
+    worker = Worker(store, found, data_dir=data_dir, name=name or f"{socket.gethostname()}:{os.getpid()}", server=server, stop=stop, threads=threads)
+    try:
+        return worker.work()
+    except OSError as error:
+        raise SweeperError(
+            f"the data directory {data_dir} cannot be written", why=f"{error.strerror} ({error.filename})",
+            do="Free some space or mend the disk; nothing is lost, run the same command again.",
+        ) from error
+    finally:
+        worker.close()
+        store.close()

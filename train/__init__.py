@@ -1,0 +1,1 @@
+"""Reference trainers on real data, installed as the package `sweeper_train`."""
