@@ -98,9 +98,10 @@ def run(
 
 
 def last_line(data: bytes) -> str:
-    """The last line that is not empty, shortened: the reason, in most programs."""
-    lines = [line for line in data.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:160] if lines else ""
+    """The last line that says something, shortened: the reason, in most programs."""
+    lines = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("WARNING")]
+    return (telling or lines or [""])[-1][:160]
 
 
 def descendants(of: int | None = None) -> list[int]:

@@ -324,7 +324,9 @@ def _add_json(parser: Parser) -> None:
 
 def _worker_arguments(parser: Parser) -> None:
     parser.add_argument("sweep", metavar="SWEEP")
-    parser.add_argument("--name", help="what this worker is called; a worker of the same name goes on with its runs")
+    parser.add_argument(
+        "--name", help="what this worker is called; a worker of the same name goes on with its runs"
+    )
     parser.add_argument("--launcher-fd", type=int, metavar="FD", help=argparse.SUPPRESS)
 
 

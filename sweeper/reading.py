@@ -285,10 +285,12 @@ class Reading:
                 why=f"{self._url} has runs of {_some(sweeps)}" if sweeps else f"{self._url} has no sweep",
                 do=_did_you_mean(sweep, sweeps) or "`sweeper list` shows every run.",
             )
+        number = run_id.partition(".r.")[2]
+        meant = f"{sweep}.r.{int(number):05d}" if number.isdecimal() else ""
         raise NotFound(
             f"run {run_id!r} does not exist",
             why=f"the newest run of sweep {sweep} in {self._url} is {known[0]}",
-            do=_did_you_mean(run_id, known) or f"`sweeper list {sweep}` shows them all.",
+            do=f"Did you mean {meant}?" if meant in known else f"`sweeper list {sweep}` shows them all.",
         )
 
     def _nothing(self) -> str:
@@ -306,7 +308,7 @@ def _sweep_row(row: Any) -> SweepRow:
 
 def _run_row(row: Any) -> RunRow:
     row["params"] = _from_json(row["params"], of=f"parameters of {row['run_id']}")
-    row["owner"] = _owner(row["owner"], of=row["run_id"])
+    row["owner"] = _owner(row["owner"], of=row["run_id"]) if row["state"] == "running" else None
     row["is_retried"] = bool(row["is_retried"])
     result: RunRow = row
     return result

@@ -26,7 +26,10 @@ class SweepRow(TypedDict):
 
 
 class RunRow(TypedDict):
-    """One run. `path` is relative to the data directory, `owner` a ProcessId as a dict."""
+    """One run. `path` is relative to the data directory.
+
+    `owner` is the ProcessId of a running one's owner as a dict, None for all others.
+    """
 
     run_id: str
     sweep: str

@@ -298,6 +298,12 @@ class _View(InMemoryStorage):
                 break
 
 
+def proposal(number: int, params: Params, space: Mapping[str, str]) -> Proposal:
+    """A trial with given parameters; those outside the space are left out of Optuna's rows."""
+    distributions = {name: _json_to_distribution(text) for name, text in space.items()}
+    return _proposal(number, {name: value for name, value in params.items() if name in distributions}, distributions)
+
+
 def _seed(sweep_seed: int, number: int) -> int:
     return int.from_bytes(sha256(f"sampler:{sweep_seed}:{number}".encode()).digest()[:4], "big")
 

@@ -15,8 +15,8 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,35 @@ def _create_schema(url: str, path: Path | None) -> None:
                 _stamp(connection)
     finally:
         engine.dispose()
+
+
+def upgrade_schema(url: str) -> tuple[str, str]:
+    """Run the migrations that are missing; returns the revision before and after.
+
+    Raises:
+        StorageError: There is no such database, or it is newer than this code.
+    """
+    from alembic import command
+    from alembic.config import Config
+
+    path = database_path(url)
+    if path is not None and not path.exists():
+        raise StorageError(f"there is no database at {path}", do="`sweeper launch` creates one.")
+    engine = make_engine(url)
+    with _explained(url), engine.connect() as connection:
+        names = sa.inspect(connection).get_table_names()
+        if schema.VERSION_TABLE not in names:
+            raise StorageError(f"the database {url.rpartition('@')[2]} is not one of sweeper's", do="`sweeper launch` creates one.")
+        before = str(connection.exec_driver_sql(f"SELECT version_num FROM {schema.VERSION_TABLE}").scalar_one())
+    if before > schema.HEAD:
+        raise StorageError(f"the database has schema {before}, newer than this sweeper ({schema.HEAD})", do="Install the newer sweeper.")
+    config = Config()
+    config.set_main_option("script_location", "sweeper:migrations")
+    with _explained(url), engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    engine.dispose()
+    return before, schema.HEAD
 
 
 def _stamp(connection: Connection) -> None:
@@ -452,11 +481,18 @@ class Store:
 
     # --- claiming --------------------------------------------------------------------------
 
-    def claim(self, sweep_id: int, *, owner: ProcessId, worker: str, run_id: str | None = None) -> Claim | None:
-        """Become the owner of one interrupted run: one's own first, then the furthest along."""
+    def claim(
+        self, sweep_id: int, *, owner: ProcessId, worker: str, run_id: str | None = None, is_patient: bool = True
+    ) -> Claim | None:
+        """Become the owner of one interrupted run: one's own first, then the furthest along.
+
+        Args:
+            run_id: Only this one.
+            is_patient: Leave runs alone that are backing off.
+        """
         only = "AND run_id=:only" if run_id else ""
         select = (
-            f"SELECT run_id FROM sweeper_run WHERE sweep_id=:s AND state='{source(Event.CLAIM)}' AND not_before<=:now {only} "
+            f"SELECT run_id FROM sweeper_run WHERE sweep_id=:s AND state='{source(Event.CLAIM)}' {'AND not_before<=:now' if is_patient else ''} {only} "
             "ORDER BY CASE WHEN worker=:worker THEN 0 ELSE 1 END, "
             "1.0 * COALESCE(checkpoint_step, 0) / COALESCE(NULLIF(total_steps, 0), 1) DESC, number LIMIT 1"
         )
@@ -468,12 +504,14 @@ class Store:
             owner=owner, worker=worker, reason="it was interrupted",
         )  # fmt: skip
 
-    def take_over(self, suspect: Suspect, *, owner: ProcessId, worker: str, reason: str) -> Claim | None:
+    def take_over(
+        self, suspect: Suspect, *, owner: ProcessId, worker: str, reason: str, outcome: Outcome = Outcome.LOST
+    ) -> Claim | None:
         """Become the owner of a run whose lease is over; None when it moved in the meantime."""
         return self._own(
             f"run_id=:run AND state='{source(Event.TAKE_OVER)}' AND lease_epoch=:epoch AND heartbeat=:beat",
             {"run": suspect.run_id, "epoch": suspect.lease_epoch, "beat": suspect.heartbeat},
-            owner=owner, worker=worker, reason=reason, lost_epoch=suspect.lease_epoch, previous=(suspect.owner, *suspect.processes),
+            owner=owner, worker=worker, reason=reason, ended=(suspect.lease_epoch, Ending(outcome, reason)), previous=(suspect.owner, *suspect.processes),
         )  # fmt: skip
 
     def _own(
@@ -484,7 +522,7 @@ class Store:
         owner: ProcessId,
         worker: str,
         reason: str,
-        lost_epoch: int | None = None,
+        ended: tuple[int, Ending] | None = None,
         previous: tuple[ProcessId, ...] = (),
     ) -> Claim | None:
         now = clock.wall_s()
@@ -500,9 +538,8 @@ class Store:
             if row is None:
                 return None
             run = _run(row)
-            if lost_epoch is not None:
-                ending = Ending(Outcome.LOST, reason)
-                _end_attempt(connection, run.run_id, lost_epoch, ending, now=now, step=run.global_step)
+            if ended is not None:
+                _end_attempt(connection, run.run_id, *ended, now=now, step=run.global_step)
                 run = _run(_execute(connection, "SELECT * FROM sweeper_run WHERE run_id=:r", r=run.run_id).one())
             _insert_attempt(connection, run.run_id, run.attempts, run.lease_epoch, owner, now)
         return Claim(run, Lease(run.run_id, run.lease_epoch, token), is_new=False, reason=reason, previous=previous)
@@ -619,20 +656,9 @@ class Store:
 
     def report(self, lease: Lease, run: Run, *, step: int, value: float, prune: bool, system_attrs: Mapping[str, Any]) -> None:
         """Store an intermediate value with the pruner's verdict and what the pruner wrote down."""
-        number, kind = _optuna_value(value)
         with self._transaction() as connection:
             self._guarded(connection, lease, "global_step=:step", step=step)
-            _execute(
-                connection,
-                "INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type) "
-                "VALUES (:t, :s, :v, :k) ON CONFLICT (trial_id, step) DO NOTHING",
-                t=run.trial_id, s=step, v=number, k=kind,
-            )  # fmt: skip
-            _execute(
-                connection,
-                "INSERT INTO sweeper_verdict (trial_id, step, value, prune) VALUES (:t, :s, :v, :p) ON CONFLICT (trial_id, step) DO NOTHING",
-                t=run.trial_id, s=step, v=number, p=prune,
-            )  # fmt: skip
+            _insert_report(connection, run.trial_id, step=step, value=value, prune=prune)
             _insert_attrs(connection, run.trial_id, system_attrs)
 
     # --- ending an attempt -----------------------------------------------------------------
@@ -734,6 +760,21 @@ class Store:
             _insert_trial(connection, study_id, number, "WAITING", again)
         return number
 
+    def restore(self, restored: Restored) -> None:
+        """Write a rebuilt sweep in one transaction."""
+        new, now = restored.new, clock.wall_s()
+        self.create_sweep(new)
+        sweep = self.sweep(new.name)
+        with self._transaction() as connection:
+            newest = {run.trial: run for run in restored.runs}
+            ids = {}
+            for trial in restored.trials:
+                ids[trial.number] = _restore_trial(connection, sweep.study_id, trial, newest.get(trial.number), restored, now)
+            for run in restored.runs:
+                _restore_run(connection, replace(run, sweep_id=sweep.sweep_id, trial_id=ids[run.trial]), restored, now)
+            last = max(run.number for run in restored.runs)
+            _execute(connection, "UPDATE sweeper_sweep SET next_run=:n WHERE sweep_id=:s", n=last + 1, s=sweep.sweep_id)
+
     # --- Optuna's view ---------------------------------------------------------------------
 
     def trials(self, study_id: int, *, after: int = -1, numbers: Sequence[int] = ()) -> list[TrialRow]:
@@ -761,6 +802,61 @@ class Store:
                 s=study_id, after=after,
             ).all()  # fmt: skip
         return _trial_rows(heads, params, middle, attrs)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A sweep read back from run directories.
+
+    Attributes:
+        trials: Every number from 0 on; one without a run waits to be drawn.
+        values, reasons: By run id, from result.json.
+        starts: By run id, (lease_epoch, start step) of its attempts, from the manifests.
+        reports: By trial number, step → reported value.
+        retried: Runs that a later trial retries.
+    """
+
+    new: NewSweep
+    trials: Sequence[Proposal]
+    runs: Sequence[Run]
+    values: Mapping[str, float | None]
+    reasons: Mapping[str, str]
+    starts: Mapping[str, Sequence[tuple[int, int]]]
+    reports: Mapping[int, Mapping[int, float]]
+    retried: Set[str]
+
+
+def _restore_trial(
+    connection: Connection, study_id: int, trial: Proposal, run: Run | None, restored: Restored, now: float
+) -> int:
+    trial_id = _insert_trial(connection, study_id, trial.number, "RUNNING" if run else "WAITING", trial)
+    for step, value in restored.reports.get(trial.number, {}).items():
+        _insert_report(connection, trial_id, step=step, value=value, prune=False)
+    if run is not None and run.state.is_final and run.state is not State.SUPERSEDED:
+        _tell(connection, trial_id, run.state, restored.values[run.run_id], now)
+    return trial_id
+
+
+def _restore_run(connection: Connection, run: Run, restored: Restored, now: float) -> None:
+    _execute(
+        connection,
+        "INSERT INTO sweeper_run (run_id, sweep_id, number, trial_id, trial, params, seed, threads, path, wandb_run_id, state, reason, value, "
+        "lease_epoch, attempts, global_step, checkpoint_step, is_retried, replaces, retry_of, created_at, updated_at) VALUES "
+        "(:run_id, :sweep_id, :number, :trial_id, :trial, :params, :seed, :threads, :path, :wandb_run_id, :state, :reason, :value, "
+        ":lease_epoch, :attempts, :global_step, :checkpoint_step, :is_retried, :replaces, :retry_of, :now, :now)",
+        run_id=run.run_id, sweep_id=run.sweep_id, number=run.number, trial_id=run.trial_id, trial=run.trial, params=json.dumps(run.params),
+        seed=run.seed, threads=run.threads, path=run.path, wandb_run_id=run.wandb_run_id, state=str(run.state),
+        reason=restored.reasons.get(run.run_id), value=restored.values.get(run.run_id), lease_epoch=run.lease_epoch,
+        attempts=max(run.attempts, len(restored.starts[run.run_id])), global_step=run.global_step, checkpoint_step=run.checkpoint_step,
+        is_retried=run.run_id in restored.retried, replaces=run.replaces, retry_of=run.retry_of, now=now,
+    )  # fmt: skip
+    for number, (epoch, start) in enumerate(restored.starts[run.run_id], 1):
+        _execute(
+            connection,
+            "INSERT INTO sweeper_attempt (run_id, attempt, lease_epoch, owner, started_at, start_step, outcome, reason) "
+            "VALUES (:r, :a, :e, '{}', :now, :start, :o, 'rebuilt from the run directory')",
+            r=run.run_id, a=number, e=epoch, now=now, start=start, o=str(Outcome.LOST),
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -912,6 +1008,21 @@ def _insert_attrs(connection: Connection, trial_id: int, attrs: Mapping[str, Any
             'ON CONFLICT (trial_id, "key") DO UPDATE SET value_json=excluded.value_json',
             t=trial_id, k=key, v=json.dumps(value),
         )  # fmt: skip
+
+
+def _insert_report(connection: Connection, trial_id: int, *, step: int, value: float, prune: bool) -> None:
+    number, kind = _optuna_value(value)
+    _execute(
+        connection,
+        "INSERT INTO trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type) "
+        "VALUES (:t, :s, :v, :k) ON CONFLICT (trial_id, step) DO NOTHING",
+        t=trial_id, s=step, v=number, k=kind,
+    )  # fmt: skip
+    _execute(
+        connection,
+        "INSERT INTO sweeper_verdict (trial_id, step, value, prune) VALUES (:t, :s, :v, :p) ON CONFLICT (trial_id, step) DO NOTHING",
+        t=trial_id, s=step, v=number, p=prune,
+    )  # fmt: skip
 
 
 def _tell(connection: Connection, trial_id: int, state: State, value: float | None, now: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sweeper import checkpoints, processes, rundir, schema
+from sweeper.checkpoints import void
 from sweeper.records import ProcessId
 
 NOW_S = 1_700_000_000.0
@@ -25,6 +26,7 @@ class Filled:
         self.path = data_dir / "sweeper.db"
         self.url = f"sqlite:///{self.path}"
         self._engine = sa.create_engine(self.url)
+        sa.event.listen(self._engine, "connect", lambda raw, _: void(raw.execute("PRAGMA synchronous=OFF")))
         schema.metadata.create_all(self._engine)
         with self._engine.begin() as connection:
             connection.exec_driver_sql("CREATE TABLE sweeper_version (version_num VARCHAR(32) NOT NULL)")

@@ -39,39 +39,37 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int |
         rows: Cells, escaped here.
         width: Cut the last column so that lines fit into so many characters; None cuts nothing.
     """
-    lines = [list(headers), *([escape(cell) for cell in row] for row in rows)]
-    columns = list(zip(*lines, strict=True))
-    sizes = [max(map(len_shown, column)) for column in columns]
-    right = [bool(rows) and all(_is_number(cell) for cell in column[1:]) for column in columns]
+    columns = [[header, *(escape(row[i]) for row in rows)] for i, header in enumerate(headers)]
     if width is not None:
-        sizes[-1] = max(
-            len(headers[-1]), min(sizes[-1], width - sum(sizes[:-1]) - len(_GAP) * (len(sizes) - 1))
-        )
-    shown = (
-        _GAP.join(
-            _pad(cell, size, right=lean) for cell, size, lean in zip(line, sizes, right, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-    return "\n".join(shown)
+        others = sum(_size(column) + len(_GAP) for column in columns[:-1])
+        room = max(len(headers[-1]), width - others)
+        columns[-1] = [cut(cell, room) for cell in columns[-1]]
+    padded = [_pad(column, right=bool(rows) and all(map(_is_number, column[1:]))) for column in columns]
+    return "\n".join(_GAP.join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def _is_number(cell: str) -> bool:
     return not cell or cell == "-" or cell[0].isdigit() or (cell[0] in "+-" and cell[1:2].isdigit())
 
 
-def _pad(cell: str, size: int, *, right: bool) -> str:
-    cell = cut(cell, size)
-    space = " " * (size - len_shown(cell))
-    return space + cell if right else cell + space
+def _size(column: Sequence[str]) -> int:
+    return max(map(len_shown, column))
+
+
+def _pad(column: Sequence[str], *, right: bool) -> list[str]:
+    size = _size(column)
+    if right:
+        return [" " * (size - len_shown(cell)) + cell for cell in column]
+    return [cell + " " * (size - len_shown(cell)) for cell in column]
 
 
 def cut(text: str, width: int) -> str:
     """`text`, shortened to `width` characters on the screen."""
     if len_shown(text) <= width:
         return text
-    while text and len_shown(text) > width - 1:
-        text = text[: max(0, width - 1)] if text.isascii() else text[:-1]
+    text = text[: max(0, width - 1)]
+    while len_shown(text) > max(0, width - 1):  # letters of two columns
+        text = text[:-1]
     return text + _ELLIPSIS if width > 0 else ""
 
 

@@ -2,7 +2,7 @@
 
 wandb-core runs in a session of its own and goes on sending rows for a while after its client was
 killed. Two of them on one run would write steps twice, so each inherits two variables by which
-it can be found: the tracker's, for its worker, and the run's, for the run's next owner.
+it can be found: the tracker's, for its worker, and the W&B run's id, for the run's next owner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from sweeper import processes
 
 TRACKER_VARIABLE = "SWEEPER_TRACKER"
-RUN_VARIABLE = "SWEEPER_TRACKED_RUN"
+RUN_VARIABLE = "SWEEPER_WANDB_RUN"
 
 
 def end(variable: str, value: str, *, wait_s: float = 0.0) -> list[int]:

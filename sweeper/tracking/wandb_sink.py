@@ -27,6 +27,7 @@ DEFAULT_PROJECT = "sweeper"
 UNREACHABLE_S = 600.0
 """How long a server that did not answer is not asked again: each time costs the whole timeout."""
 
+_LOCAL_TIMEOUT_S = 90.0
 _PREEMPTIONS = (Outcome.PREEMPTED, Outcome.TIMEOUT, Outcome.LOST)
 # Variables that would set what is ours to set for each run.
 _FOREIGN_VARIABLES = ("RUN_ID", "RESUME", "NAME", "RUN_GROUP", "SWEEP_ID", "MODE", "DIR", "TAGS", "NOTES")
@@ -108,15 +109,15 @@ class WandbClient:
         mode = decide_mode(settings.mode, variable=self._mode_variable, has_key=self._has_key())
         if mode == "disabled":
             return None
-        orphans.end(orphans.RUN_VARIABLE, begin.run_id, wait_s=2.0)
-        os.environ[orphans.RUN_VARIABLE] = begin.run_id
+        orphans.end(orphans.RUN_VARIABLE, begin.wandb_run_id, wait_s=2.0)
+        os.environ[orphans.RUN_VARIABLE] = begin.wandb_run_id
         if mode == "online" and self._clock() < self._online_again_s:
             self._warn("W&B did not answer a short while ago: this run is logged offline")
             mode = "offline"
         try:
             return self._init(begin, mode)
         except Exception as error:
-            let_go(begin.run_id)
+            let_go(begin.wandb_run_id)
             if mode == "offline":
                 raise
             self._warn(self._advice(error, begin))
@@ -144,12 +145,13 @@ class WandbClient:
         run.define_metric(STEP_KEY)
         run.define_metric("*", step_metric=STEP_KEY)
         next_step = max(run.starting_step, on_disk + 1)
-        return WandbSink(run, run_id=begin.run_id, next_step=next_step, warn=self._warn)
+        return WandbSink(run, service=begin.wandb_run_id, next_step=next_step, warn=self._warn)
 
     def _settings(self, settings: WandbSettings, mode: str) -> wandb.Settings:
         return self._wandb.Settings(
             mode=mode,  # type: ignore[arg-type]
-            init_timeout=settings.init_timeout_s,
+            # Offline nobody is asked: what takes time then is a machine under load.
+            init_timeout=settings.init_timeout_s if mode == "online" else _LOCAL_TIMEOUT_S,
             finish_timeout=settings.finish_timeout_s,
             finish_timeout_raises=True,
             reinit="create_new",
@@ -193,10 +195,10 @@ class WandbClient:
 class WandbSink:
     """One attempt's part of a W&B run."""
 
-    def __init__(self, run: wandb.Run, *, run_id: str, next_step: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run, *, service: str, next_step: int, warn: Callable[[str], None]) -> None:
         self.next_step = next_step
         self._run = run
-        self._run_id = run_id
+        self._service = service
         self._warn = warn
 
     @property
@@ -227,18 +229,18 @@ class WandbSink:
             self._run.finish(exit_code=farewell.exit_code)
         except TimeoutError:
             self._warn("W&B did not take all rows in time; metrics.jsonl has them")
-            let_go(self._run_id)
+            let_go(self._service)
         else:
             _tear_down()
 
     def abandon(self) -> None:
         """End the service at once: nothing more is sent, and W&B is told no end."""
-        let_go(self._run_id)
+        let_go(self._service)
 
 
-def let_go(run_id: str) -> None:
+def let_go(wandb_run_id: str) -> None:
     """End the service of a run at once and forget it; the next `init` starts another."""
-    orphans.end(orphans.RUN_VARIABLE, run_id, wait_s=2.0)
+    orphans.end(orphans.RUN_VARIABLE, wandb_run_id, wait_s=2.0)
     _tear_down()
 
 

@@ -37,18 +37,17 @@ def test_incomplete_and_state_filter(filled: Filled) -> None:
 
 
 @pytest.mark.parametrize("sweep", [None, "simple"])
-def test_incomplete_runs_are_found_through_their_index(filled: Filled, sweep: str | None) -> None:
+def test_incomplete_runs_are_found_through_their_index(
+    filled: Filled, sweep: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled.run(0)
-    plans: list[str] = []
+    statements: list[tuple[str, dict[str, object]]] = []
     with Reading(filled.url) as reading:
-        read = reading._db.rows  # type: ignore[union-attr]
-        reading._rows = lambda sql, **p: (
-            plans.extend(  # type: ignore[method-assign]
-                row["detail"] for row in read(f"EXPLAIN QUERY PLAN {sql}", p)
-            )
-            or read(sql, p)
-        )
+        rows = reading._rows
+        monkeypatch.setattr(reading, "_rows", lambda sql, **p: statements.append((sql, p)) or rows(sql, **p))  # type: ignore[func-returns-value]
         reading.runs(sweep, incomplete=True)
+        sql, parameters = statements[-1]
+        plans = [row["detail"] for row in rows(f"EXPLAIN QUERY PLAN {sql}", **parameters)]
     assert any("sweeper_run_incomplete" in plan for plan in plans)
 
 
@@ -219,7 +218,7 @@ def test_unknown_run_says_what_is_near(filled: Filled) -> None:
     for number in range(12):
         filled.run(number)
     with Reading(filled.url) as reading:
-        with pytest.raises(NotFound, match=r"Did you mean .*simple\.r\.00003"):
+        with pytest.raises(NotFound, match=r"Did you mean simple\.r\.00003\?"):
             reading.run("simple.r.3")
         with pytest.raises(NotFound, match=r"Did you mean simple\?"):
             reading.attempts("simpel.r.00003")
