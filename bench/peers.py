@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,25 +28,26 @@ INSTALL_S = 1800.0
 
 
 def install(say: Callable[[str], None]) -> None:
-    """Create what is missing; a package that cannot be installed is named and left out."""
+    """Create what is missing; what cannot be installed is named, left out, and tried again next time."""
     if not _is_current(HOME, REQUIREMENTS):
         say("installing the peers into bench/.peers (once, a few minutes)")
-        shutil.rmtree(HOME, ignore_errors=True)
         _create(HOME)
-        wanted = _lines(REQUIREMENTS)
-        # torch first and alone: nothing that comes later may choose another build of it.
-        for requirement in [line for line in wanted if line.startswith("torch==")]:
-            _pip(HOME, [requirement], say)
-        if not _pip(HOME, wanted, say):
-            for requirement in wanted:
-                _pip(HOME, [requirement, "torch==" + _torch(wanted)], say)
-        _stamp(HOME, REQUIREMENTS)
+        if _install_peers(_lines(REQUIREMENTS), say):
+            _stamp(HOME, REQUIREMENTS)
     if not _is_current(OLD, OLD_REQUIREMENTS):
         # hydra-optuna-sweeper needs an Optuna before 3; torch it borrows from the others.
         _create(OLD)
-        _pip(OLD, _lines(OLD_REQUIREMENTS), say)
-        (_site(OLD) / "peers.pth").write_text(f"{_site(HOME)}\n")
-        _stamp(OLD, OLD_REQUIREMENTS)
+        if _pip(OLD, _lines(OLD_REQUIREMENTS), say):
+            (_site(OLD) / "peers.pth").write_text(f"{_site(HOME)}\n")
+            _stamp(OLD, OLD_REQUIREMENTS)
+
+
+def _install_peers(wanted: list[str], say: Callable[[str], None]) -> bool:
+    # torch first and alone: nothing that comes later may choose another build of it.
+    torch = next(line for line in wanted if line.startswith("torch=="))
+    if not _pip(HOME, [torch], say):
+        return False
+    return _pip(HOME, wanted, say) or all([_pip(HOME, [torch, line], say) for line in wanted])
 
 
 def _create(home: Path) -> None:
@@ -68,10 +68,6 @@ def _bare() -> dict[str, str]:
 
 def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-
-
-def _torch(lines: list[str]) -> str:
-    return next(line.partition("==")[2] for line in lines if line.startswith("torch=="))
 
 
 def _site(home: Path) -> Path:

@@ -84,7 +84,9 @@ class Manifest:
             "parent_step": self.parent_step,
             "config_digest": self.config_digest,
             "world_size": self.world_size,
-            "files": {name: {"size_bytes": size, "digest": value} for name, (size, value) in self.files.items()},
+            "files": {
+                name: {"size_bytes": size, "digest": value} for name, (size, value) in self.files.items()
+            },
         }
 
     def to_bytes(self) -> bytes:
@@ -406,11 +408,15 @@ def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointRefused(f"{path.name} is not a regular file")
         if status.st_size != size:
-            raise CheckpointRefused(f"{path.name} has {status.st_size} bytes instead of {size}", why="a torn write?")
+            raise CheckpointRefused(
+                f"{path.name} has {status.st_size} bytes instead of {size}", why="a torn write?"
+            )
         try:
             data, found = _read_and_digest(file, size, keep=keep)
         except OSError as error:
-            raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
+            raise CheckpointRefused(
+                f"{path.name} cannot be read", why=error.strerror or str(error)
+            ) from error
     if found != expected:
         raise CheckpointRefused(f"{path.name} has the wrong digest", why="damaged on disk or a torn write")
     return data
@@ -453,7 +459,9 @@ class Inspected:
     reason: str | None
 
 
-def inspect(root: Path, *, run_id: str, config_digest: str | None = None, starts: Iterable[tuple[int, int]] = ()) -> list[Inspected]:
+def inspect(
+    root: Path, *, run_id: str, config_digest: str | None = None, starts: Iterable[tuple[int, int]] = ()
+) -> list[Inspected]:
     """Validate every checkpoint below `root`, newest first. Reads all bytes, changes nothing."""
     all_starts = known_starts(root) | set(starts)
     result = []
@@ -529,7 +537,9 @@ def prune(
     return [step for step, _ in doomed]
 
 
-def _counts(step: int, directory: Path, *, run_id: str, known_good: set[int], starts: Iterable[tuple[int, int]]) -> bool:
+def _counts(
+    step: int, directory: Path, *, run_id: str, known_good: set[int], starts: Iterable[tuple[int, int]]
+) -> bool:
     if step not in known_good:
         try:
             validate(directory, run_id=run_id, starts=starts)
@@ -553,9 +563,12 @@ def clean(root: Path, *, lease_epoch: int) -> None:
         path = Path(entry.path)
         if fsops.is_temporary(entry.name):
             fsops.unlink(path, missing_ok=True)
-        elif entry.name.startswith((".tmp-", ".aside-")) and entry.is_dir(follow_symlinks=False):
-            if _epoch_in(entry.name) < lease_epoch:
-                fsops.remove_tree(path)
+        elif (
+            entry.name.startswith((".tmp-", ".aside-"))
+            and entry.is_dir(follow_symlinks=False)
+            and _epoch_in(entry.name) < lease_epoch
+        ):
+            fsops.remove_tree(path)
     empty_trash(root)
     if (root / TRASH).is_dir():
         fsops.probe("rmdir", root / TRASH)

@@ -29,9 +29,15 @@ def put(config: dict[str, Any], key: str, value: ParamValue) -> None:
         node = node.get(name) if isinstance(node, dict) else None
     if not isinstance(node, dict) or last not in node:
         there = ", ".join(sorted(map(str, node))) if isinstance(node, dict) else "nothing"
-        raise ConfigError(f"the parameter {key} is not in the configuration", why=f"there is {there}", do="Correct sweep.params, or add the key to the trainer's configuration.")
+        raise ConfigError(
+            f"the parameter {key} is not in the configuration",
+            why=f"there is {there}",
+            do="Correct sweep.params, or add the key to the trainer's configuration.",
+        )
     if isinstance(node[last], dict):
-        raise ConfigError(f"the parameter {key} is a group of settings, not a value", do="Search over the values in it.")
+        raise ConfigError(
+            f"the parameter {key} is a group of settings, not a value", do="Search over the values in it."
+        )
     node[last] = value
 
 

@@ -1,15 +1,15 @@
 """The exception tree. Each error says what happened, to which id, why, and what to do.
 
-    SweeperError (1)
-    ├── UsageError (2)            the command line is wrong
-    ├── NotFound (1)              the sweep or run named does not exist
-    ├── NotWell (1)               the thing asked about is not well
-    ├── ConfigError (78)          configuration, storage or machine must be changed first
-    │   └── StorageError (78)     the database cannot be used
-    ├── Fenced (76)               the lease is lost: somebody else owns the run
-    ├── Released (75)             work was handed back; run the same command again
-    └── CheckpointError (1)       a checkpoint cannot be written or used
-        └── CheckpointRefused (1) this one is not valid; the next candidate is tried
+SweeperError (1)
+├── UsageError (2)            the command line is wrong
+├── NotFound (1)              the sweep or run named does not exist
+├── NotWell (1)               the thing asked about is not well
+├── ConfigError (78)          configuration, storage or machine must be changed first
+│   └── StorageError (78)     the database cannot be used
+├── Fenced (76)               the lease is lost: somebody else owns the run
+├── Released (75)             work was handed back; run the same command again
+└── CheckpointError (1)       a checkpoint cannot be written or used
+    └── CheckpointRefused (1) this one is not valid; the next candidate is tried
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ def retry(run_id: str, *, storage: str, data_dir: Path) -> int:
     store = Store(storage)
     number = store.retry(run_id)
     sweep = run_id.rpartition(".r.")[0]
-    print(f"trial {number} waits with the parameters of {run_id}; start it with: python -m sweeper resume {sweep}")
+    print(
+        f"trial {number} waits with the parameters of {run_id}; start it with: python -m sweeper resume {sweep}"
+    )
     return EXIT_OK
 
 
@@ -66,7 +68,9 @@ def _seize(store: Store, run: Run, me: ProcessId) -> Claim | None:
     for _ in range(_CLAIM_TRIES):
         for suspect in store.suspects(run.sweep_id):
             if suspect.run_id == run.run_id:
-                claim = store.take_over(suspect, owner=me, worker="cancel", reason="it was cancelled", outcome=Outcome.CANCELLED)
+                claim = store.take_over(
+                    suspect, owner=me, worker="cancel", reason="it was cancelled", outcome=Outcome.CANCELLED
+                )
                 if claim is not None:
                     return claim
         claim = store.claim(run.sweep_id, owner=me, worker="cancel", run_id=run.run_id, is_patient=False)

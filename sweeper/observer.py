@@ -32,7 +32,9 @@ class Observer:
         proof: Why a process is gone for certain, or None; replaceable in tests.
     """
 
-    def __init__(self, *, ttl_s: float, proof: Callable[[ProcessId], str | None] = processes.proof_of_death) -> None:
+    def __init__(
+        self, *, ttl_s: float, proof: Callable[[ProcessId], str | None] = processes.proof_of_death
+    ) -> None:
         self._ttl_s = ttl_s
         self._proof = proof
         self._watches: dict[str, _Watch] = {}

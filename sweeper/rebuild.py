@@ -54,19 +54,25 @@ def main(directory: Path, *, storage: str, data_dir: Path) -> int:
             continue
         found[entry.identity.sweep].append(entry)
     if not found:
-        raise NotFound(f"there is no run directory below {directory}", do="Name a data directory, or <data_dir>/sweep/<sweep>.")
+        raise NotFound(
+            f"there is no run directory below {directory}",
+            do="Name a data directory, or <data_dir>/sweep/<sweep>.",
+        )
     create_database(storage)
     store = Store(storage)
     for name, entries in sorted(found.items()):
         if store.find_sweep(name) is not None:
             raise SweeperError(
-                f"the database knows sweep {name!r} already", why="rebuild makes a lost one anew",
+                f"the database knows sweep {name!r} already",
+                why="rebuild makes a lost one anew",
                 do="Move the database file away first, or name a new one with --storage.",
             )
         restored = restore(name, entries, data_dir)
         store.restore(restored)
         open_runs = sum(1 for run in restored.runs if not run.state.is_final)
-        print(f"sweep {name}: {len(restored.runs)} runs, {open_runs} of them incomplete; go on with: python -m sweeper resume {name}")
+        print(
+            f"sweep {name}: {len(restored.runs)} runs, {open_runs} of them incomplete; go on with: python -m sweeper resume {name}"
+        )
     return EXIT_NOT_WELL if damaged else EXIT_OK
 
 
@@ -99,7 +105,9 @@ def read(run_dir: Path) -> Found:
     data = rundir.read_bytes(run_dir / rundir.CONFIG_FILE)
     if checkpoints.digest(data) != identity.config_digest:
         raise Damaged(f"{run_dir / rundir.CONFIG_FILE} is not the one this run began with")
-    if b"&" in data and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)):
+    if b"&" in data and any(
+        isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)
+    ):
         raise Damaged(f"{run_dir / rundir.CONFIG_FILE} has YAML aliases, which are never written")
     config = yaml.safe_load(data)
     if not isinstance(config, dict) or not isinstance(config.get("sweep"), dict):
@@ -114,7 +122,9 @@ def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
     newest = max(entries, key=lambda entry: entry.identity.number)
     config = {**newest.config}
     sweep = config["sweep"]
-    config["space"] = {key: distribution_of(key, str(value)) for key, value in sorted(sweep["params"].items())}
+    config["space"] = {
+        key: distribution_of(key, str(value)) for key, value in sorted(sweep["params"].items())
+    }
     points = grid(config["space"]) if is_grid(config["sampler"]) else []
     # Trials of a grid are the points in order; a number without a directory waits again.
     new = NewSweep(name, sweep["seed"], sweep["n_trials"], sweep["metric"], sweep["direction"], config)
@@ -126,10 +136,20 @@ def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
         new=new,
         trials=trials,
         runs=runs,
-        values={run.run_id: _value(entry) for run in runs for entry in entries if entry.identity.run_id == run.run_id},
+        values={
+            run.run_id: _value(entry)
+            for run in runs
+            for entry in entries
+            if entry.identity.run_id == run.run_id
+        },
         reasons={e.identity.run_id: str((e.result or {}).get("reason", "")) for e in entries},
-        starts={e.identity.run_id: sorted(checkpoints.known_starts(e.directory / rundir.CHECKPOINTS_DIR)) for e in entries},
-        reports={run.trial: _reports(data_dir / run.path, sweep["metric"]) for run in runs if run.state.is_final},
+        starts={
+            e.identity.run_id: sorted(checkpoints.known_starts(e.directory / rundir.CHECKPOINTS_DIR))
+            for e in entries
+        },
+        reports={
+            run.trial: _reports(data_dir / run.path, sweep["metric"]) for run in runs if run.state.is_final
+        },
         retried={str(e.identity.retry_of) for e in entries if e.identity.retry_of},
     )
 
@@ -139,7 +159,16 @@ def _run(entry: Found, entries: Iterable[Found], data_dir: Path) -> Run:
     root = entry.directory / rundir.CHECKPOINTS_DIR
     step = checkpoints.newest_valid(root, run_id=identity.run_id)
     replaced = any(other.identity.replaces == identity.run_id for other in entries)
-    attempts = max([1, *(int(log.stem.rpartition("_")[2]) for log in (entry.directory / rundir.LOGS_DIR).glob("attempt_*.log") if log.stem.rpartition("_")[2].isdigit())])
+    attempts = max(
+        [
+            1,
+            *(
+                int(log.stem.rpartition("_")[2])
+                for log in (entry.directory / rundir.LOGS_DIR).glob("attempt_*.log")
+                if log.stem.rpartition("_")[2].isdigit()
+            ),
+        ]
+    )
     return Run(
         run_id=identity.run_id, sweep_id=0, number=identity.number, trial_id=0, trial=identity.trial, params=identity.params,
         seed=identity.seed, threads=identity.threads, path=rundir.relative_path(identity.sweep, identity.number),

@@ -95,7 +95,9 @@ def after(ending: Ending, *, count: int, retry: Mapping[str, Any], on_invalid: s
     if count > limit:
         text = f"{outcome} {count} times without a newer checkpoint (retry.max_{outcome}={limit}): {ending.reason}"
         return Decision(Action.SETTLE, text, state=State.FAILED)
-    return Decision(Action.RELEASE, ending.reason, back_off_s=back_off_s(count) if outcome is Outcome.LOST else 0.0)
+    return Decision(
+        Action.RELEASE, ending.reason, back_off_s=back_off_s(count) if outcome is Outcome.LOST else 0.0
+    )
 
 
 def back_off_s(count: int) -> float:

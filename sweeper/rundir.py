@@ -279,7 +279,16 @@ def write_result(
 ) -> None:
     """Write result.json once; whatever another epoch left at its place is moved aside."""
     path = run_dir / RESULT_FILE
-    data = to_json({"run_id": run_dir.name, "lease_epoch": lease_epoch, "state": state, "value": value, "reason": reason, **more})
+    data = to_json(
+        {
+            "run_id": run_dir.name,
+            "lease_epoch": lease_epoch,
+            "state": state,
+            "value": value,
+            "reason": reason,
+            **more,
+        }
+    )
     try:
         fsops.create(path, data)
     except FileExistsError:
@@ -316,7 +325,9 @@ def largest_epoch(run_dir: Path) -> int:
         except (FileNotFoundError, Damaged):
             continue
     root = run_dir / CHECKPOINTS_DIR
-    for manifest in sorted(root.glob("step_*/MANIFEST.json")) + sorted(root.glob(".condemned/*/MANIFEST.json")):
+    for manifest in sorted(root.glob("step_*/MANIFEST.json")) + sorted(
+        root.glob(".condemned/*/MANIFEST.json")
+    ):
         try:
             epochs.append(_epoch(read_json(manifest)))
         except (FileNotFoundError, Damaged):

@@ -66,7 +66,9 @@ def make(config: Mapping[str, Any], *, kind: str, **more: Any) -> Any:
         return factory(**arguments, **{key: value for key, value in more.items() if key in taken})
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{kind}={target} cannot be used", why=str(error), do=f"Name a class of Optuna in {kind}._target_."
+            f"{kind}={target} cannot be used",
+            why=str(error),
+            do=f"Name a class of Optuna in {kind}._target_.",
         ) from error
 
 
@@ -89,10 +91,13 @@ def grid(space: Mapping[str, str]) -> list[Proposal]:
     axes = {name: _values(name, distribution) for name, distribution in distributions.items()}
     size = math.prod(len(values) for values in axes.values())
     if size > MAX_GRID_POINTS:
-        raise ConfigError(f"the grid has {size:,} points, more than {MAX_GRID_POINTS:,}", do="Give it fewer values.")
+        raise ConfigError(
+            f"the grid has {size:,} points, more than {MAX_GRID_POINTS:,}", do="Give it fewer values."
+        )
     points = itertools.product(*axes.values())
     return [
-        _proposal(number, dict(zip(axes, point, strict=True)), distributions) for number, point in enumerate(points)
+        _proposal(number, dict(zip(axes, point, strict=True)), distributions)
+        for number, point in enumerate(points)
     ]
 
 
@@ -191,7 +196,11 @@ class Search:
             name: _json_to_distribution(text) for name, text in sorted(sweep.config["space"].items())
         }
         self._view = _View()
-        optuna.create_study(storage=self._view, study_name=sweep.name, direction=sweep.direction)
+        optuna.create_study(
+            storage=self._view,
+            study_name=sweep.name,
+            direction=optuna.study.StudyDirection[sweep.direction.upper()],
+        )
 
     def propose(self) -> Proposal | None:
         """The next trial: one that waits, else a sampled one. None when a grid is exhausted."""
@@ -209,10 +218,17 @@ class Search:
         for name, (value, text) in waiting.params.items():
             fixed[name] = _json_to_distribution(text).to_external_repr(value)
         known = {name: value for name, value in fixed.items() if name in self._space}
-        params, attrs = self._sample(waiting.number, fixed=known) if len(known) < len(self._space) else (known, {})
+        params, attrs = (
+            self._sample(waiting.number, fixed=known) if len(known) < len(self._space) else (known, {})
+        )
         retry_of = json.loads(waiting.system_attrs.get("sweeper:retry_of", "null"))
         return _proposal(
-            waiting.number, params, self._space, waiting_id=waiting.trial_id, system_attrs=attrs, retry_of=retry_of
+            waiting.number,
+            params,
+            self._space,
+            waiting_id=waiting.trial_id,
+            system_attrs=attrs,
+            retry_of=retry_of,
         )
 
     def _sample(self, number: int, *, fixed: Params) -> tuple[Params, dict[str, Any]]:
@@ -284,11 +300,11 @@ class _View(InMemoryStorage):
         return next(trial for trial in self.trials if trial._trial_id == trial_id)
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
-        done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE and trial.value is not None]
+        done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         if not done:
             raise ValueError("No trials are completed yet.")
         pick = max if self.get_study_directions(study_id)[0].name == "MAXIMIZE" else min
-        return pick(done, key=lambda trial: trial.value)
+        return pick(done, key=lambda trial: float(trial.values[0]))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         self.written[key] = value
@@ -301,7 +317,9 @@ class _View(InMemoryStorage):
 def proposal(number: int, params: Params, space: Mapping[str, str]) -> Proposal:
     """A trial with given parameters; those outside the space are left out of Optuna's rows."""
     distributions = {name: _json_to_distribution(text) for name, text in space.items()}
-    return _proposal(number, {name: value for name, value in params.items() if name in distributions}, distributions)
+    return _proposal(
+        number, {name: value for name, value in params.items() if name in distributions}, distributions
+    )
 
 
 def _seed(sweep_seed: int, number: int) -> int:
@@ -314,7 +332,8 @@ def _only(distribution: BaseDistribution) -> Any:
 
 def _proposal(number: int, params: Params, space: Mapping[str, BaseDistribution], **more: Any) -> Proposal:
     internal = {
-        name: (float(space[name].to_internal_repr(value)), _to_json(space[name])) for name, value in params.items()
+        name: (float(space[name].to_internal_repr(value)), _to_json(space[name]))
+        for name, value in params.items()
     }
     return Proposal(number, params, internal, **more)
 

@@ -32,7 +32,23 @@ from sweeper.states import INCOMPLETE, OPTUNA_STATE, SETTLES, Event, Outcome, St
 
 BUSY_TIMEOUT_S = 60.0
 NETWORK_FILE_SYSTEMS = frozenset(
-    ["nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"]
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "afs",
+        "9p",
+        "fuse.sshfs",
+        "fuse.s3fs",
+        "fuse.gcsfuse",
+    ]
 )
 _OURS = {Outcome.LOST: "lost_count", Outcome.CRASHED: "crashed_count", Outcome.OOM: "oom_count"}
 
@@ -91,7 +107,8 @@ def database_path(url: str) -> Path | None:
         return None
     if not parsed.database or parsed.database == ":memory:":
         raise ConfigError(
-            f"storage.url={url} has no file", do="A sweep that survives needs one, e.g. sqlite:///outputs/sweeper.db"
+            f"storage.url={url} has no file",
+            do="A sweep that survives needs one, e.g. sqlite:///outputs/sweeper.db",
         )
     return Path(parsed.database)
 
@@ -195,7 +212,9 @@ def create_database(url: str, *, allow_network_file_system: bool = False) -> Non
                 _create_schema(url, path)
     except OSError as error:
         raise StorageError(
-            f"the database {path} cannot be created", why=error.strerror or str(error), do="Name another place with data_dir= or storage.url=."
+            f"the database {path} cannot be created",
+            why=error.strerror or str(error),
+            do="Name another place with data_dir= or storage.url=.",
         ) from error
 
 
@@ -232,10 +251,18 @@ def upgrade_schema(url: str) -> tuple[str, str]:
     with _explained(url), engine.connect() as connection:
         names = sa.inspect(connection).get_table_names()
         if schema.VERSION_TABLE not in names:
-            raise StorageError(f"the database {url.rpartition('@')[2]} is not one of sweeper's", do="`sweeper launch` creates one.")
-        before = str(connection.exec_driver_sql(f"SELECT version_num FROM {schema.VERSION_TABLE}").scalar_one())
+            raise StorageError(
+                f"the database {url.rpartition('@')[2]} is not one of sweeper's",
+                do="`sweeper launch` creates one.",
+            )
+        before = str(
+            connection.exec_driver_sql(f"SELECT version_num FROM {schema.VERSION_TABLE}").scalar_one()
+        )
     if before > schema.HEAD:
-        raise StorageError(f"the database has schema {before}, newer than this sweeper ({schema.HEAD})", do="Install the newer sweeper.")
+        raise StorageError(
+            f"the database has schema {before}, newer than this sweeper ({schema.HEAD})",
+            do="Install the newer sweeper.",
+        )
     config = Config()
     config.set_main_option("script_location", "sweeper:migrations")
     with _explained(url), engine.begin() as connection:
@@ -246,7 +273,9 @@ def upgrade_schema(url: str) -> tuple[str, str]:
 
 
 def _stamp(connection: Connection) -> None:
-    connection.exec_driver_sql(f"CREATE TABLE {schema.VERSION_TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+    connection.exec_driver_sql(
+        f"CREATE TABLE {schema.VERSION_TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
+    )
     connection.exec_driver_sql(f"INSERT INTO {schema.VERSION_TABLE} VALUES ('{schema.HEAD}')")
     for key, value in _machine().items():
         connection.execute(sa.text("INSERT INTO sweeper_meta VALUES (:k, :v)"), {"k": key, "v": value})
@@ -382,7 +411,9 @@ class Store:
         """The sweep of that name. Raises NotFound."""
         found = self.find_sweep(name)
         if found is None:
-            raise NotFound(f"there is no sweep {name!r} in {self._shown()}", do="`sweeper list` shows what is there.")
+            raise NotFound(
+                f"there is no sweep {name!r} in {self._shown()}", do="`sweeper list` shows what is there."
+            )
         return found
 
     def create_sweep(self, new: NewSweep) -> bool:
@@ -436,13 +467,14 @@ class Store:
     def adopt_orphans(self, sweep_id: int) -> int:
         """Put RUNNING trials of the study that no run stands behind back in the queue."""
         with self._transaction() as connection:
-            return _execute(
+            adopted: int = _execute(
                 connection,
                 "UPDATE trials SET state='WAITING' WHERE state='RUNNING' AND study_id="
                 "(SELECT study_id FROM sweeper_sweep WHERE sweep_id=:s) AND NOT EXISTS "
                 "(SELECT 1 FROM sweeper_run WHERE sweeper_run.trial_id=trials.trial_id)",
                 s=sweep_id,
             ).rowcount
+        return adopted
 
     def queue(self, study_id: int) -> tuple[TrialRow | None, int]:
         """(the first trial that waits in the study: a grid point, a retry; the next free number)."""
@@ -455,7 +487,9 @@ class Store:
             number = _next_trial(connection, study_id)
         return (self.trials(study_id, after=number, numbers=[row[0]])[0] if row else None), number
 
-    def draw(self, sweep: Sweep, proposal: Proposal, *, owner: ProcessId, worker: str, threads: int) -> Claim | None:
+    def draw(
+        self, sweep: Sweep, proposal: Proposal, *, owner: ProcessId, worker: str, threads: int
+    ) -> Claim | None:
         """Take a slot of the sweep, its trial and a new run in one transaction.
 
         Returns:
@@ -465,7 +499,9 @@ class Store:
         now = clock.wall_s()
         with self._transaction() as connection:
             total, cancelled = _execute(
-                connection, "SELECT n_trials, is_cancelled FROM sweeper_sweep WHERE sweep_id=:s", s=sweep.sweep_id
+                connection,
+                "SELECT n_trials, is_cancelled FROM sweeper_sweep WHERE sweep_id=:s",
+                s=sweep.sweep_id,
             ).one()
             if cancelled or _count_drawn(connection, sweep.sweep_id) >= total:
                 return None
@@ -482,7 +518,13 @@ class Store:
     # --- claiming --------------------------------------------------------------------------
 
     def claim(
-        self, sweep_id: int, *, owner: ProcessId, worker: str, run_id: str | None = None, is_patient: bool = True
+        self,
+        sweep_id: int,
+        *,
+        owner: ProcessId,
+        worker: str,
+        run_id: str | None = None,
+        is_patient: bool = True,
     ) -> Claim | None:
         """Become the owner of one interrupted run: one's own first, then the furthest along.
 
@@ -540,9 +582,13 @@ class Store:
             run = _run(row)
             if ended is not None:
                 _end_attempt(connection, run.run_id, *ended, now=now, step=run.global_step)
-                run = _run(_execute(connection, "SELECT * FROM sweeper_run WHERE run_id=:r", r=run.run_id).one())
+                run = _run(
+                    _execute(connection, "SELECT * FROM sweeper_run WHERE run_id=:r", r=run.run_id).one()
+                )
             _insert_attempt(connection, run.run_id, run.attempts, run.lease_epoch, owner, now)
-        return Claim(run, Lease(run.run_id, run.lease_epoch, token), is_new=False, reason=reason, previous=previous)
+        return Claim(
+            run, Lease(run.run_id, run.lease_epoch, token), is_new=False, reason=reason, previous=previous
+        )
 
     def suspects(self, sweep_id: int) -> list[Suspect]:
         """All running runs of a sweep, for an observer to watch."""
@@ -577,7 +623,15 @@ class Store:
 
     # --- while owning ----------------------------------------------------------------------
 
-    def _guarded(self, connection: Connection, lease: Lease, assignments: str, *, state: State = State.RUNNING, **params: Any) -> None:
+    def _guarded(
+        self,
+        connection: Connection,
+        lease: Lease,
+        assignments: str,
+        *,
+        state: State = State.RUNNING,
+        **params: Any,
+    ) -> None:
         """UPDATE the run if and only if the lease still holds. Raises Fenced."""
         done = _execute(
             connection,
@@ -616,7 +670,13 @@ class Store:
     def record_start(self, lease: Lease, *, step: int, total_steps: int | None) -> None:
         """The trainer starts from `step`: from now on this epoch's lineage is known."""
         with self._transaction() as connection:
-            self._guarded(connection, lease, "global_step=:step, total_steps=COALESCE(:total, total_steps)", step=step, total=total_steps)
+            self._guarded(
+                connection,
+                lease,
+                "global_step=:step, total_steps=COALESCE(:total, total_steps)",
+                step=step,
+                total=total_steps,
+            )
             _execute(
                 connection,
                 "UPDATE sweeper_attempt SET start_step=:step WHERE run_id=:r AND lease_epoch=:e",
@@ -650,11 +710,16 @@ class Store:
         """The stored answer to a report of this step, or None if it was never reported."""
         with self._reading() as connection:
             found = _execute(
-                connection, "SELECT prune FROM sweeper_verdict WHERE trial_id=:t AND step=:s", t=trial_id, s=step
+                connection,
+                "SELECT prune FROM sweeper_verdict WHERE trial_id=:t AND step=:s",
+                t=trial_id,
+                s=step,
             ).scalar_one_or_none()
         return None if found is None else bool(found)
 
-    def report(self, lease: Lease, run: Run, *, step: int, value: float, prune: bool, system_attrs: Mapping[str, Any]) -> None:
+    def report(
+        self, lease: Lease, run: Run, *, step: int, value: float, prune: bool, system_attrs: Mapping[str, Any]
+    ) -> None:
         """Store an intermediate value with the pruner's verdict and what the pruner wrote down."""
         with self._transaction() as connection:
             self._guarded(connection, lease, "global_step=:step", step=step)
@@ -698,7 +763,9 @@ class Store:
                 state=source(event_), after=str(target(event_)), value=_finite(ending.value),
             )  # fmt: skip
             _end_attempt(connection, lease.run_id, lease.lease_epoch, ending, now=now)
-            trial_id = _execute(connection, "SELECT trial_id FROM sweeper_run WHERE run_id=:r", r=lease.run_id).scalar_one()
+            trial_id = _execute(
+                connection, "SELECT trial_id FROM sweeper_run WHERE run_id=:r", r=lease.run_id
+            ).scalar_one()
             _tell(connection, trial_id, state, ending.value, now)
 
     # --- superseding -----------------------------------------------------------------------
@@ -718,7 +785,9 @@ class Store:
                 after=str(target(Event.SUPERSEDE)),
             )  # fmt: skip
             _end_attempt(connection, lease.run_id, lease.lease_epoch, ending, now=now)
-            _insert_run(connection, fresh, new_lease, owner=owner, worker=worker, now=now, until=now + self.ttl_s)
+            _insert_run(
+                connection, fresh, new_lease, owner=owner, worker=worker, now=now, until=now + self.ttl_s
+            )
             _insert_attempt(connection, fresh.run_id, 1, fresh.lease_epoch, owner, now)
         return Claim(fresh, new_lease, is_new=True, reason=f"replaces {lease.run_id}")
 
@@ -729,14 +798,18 @@ class Store:
         with self._reading() as connection:
             row = _execute(connection, "SELECT * FROM sweeper_run WHERE run_id=:r", r=run_id).one_or_none()
         if row is None:
-            raise NotFound(f"there is no run {run_id!r} in {self._shown()}", do="`sweeper list` shows what is there.")
+            raise NotFound(
+                f"there is no run {run_id!r} in {self._shown()}", do="`sweeper list` shows what is there."
+            )
         return _run(row)
 
     def runs(self, sweep_id: int, states: Sequence[State] = tuple(State)) -> list[Run]:
         """The runs of a sweep in one of `states`, by number."""
         with self._reading() as connection:
             rows = _execute(
-                connection, f"SELECT * FROM sweeper_run WHERE sweep_id=:s AND state IN ({_list(states)}) ORDER BY number", s=sweep_id
+                connection,
+                f"SELECT * FROM sweeper_run WHERE sweep_id=:s AND state IN ({_list(states)}) ORDER BY number",
+                s=sweep_id,
             ).all()
         return [_run(row) for row in rows]
 
@@ -752,11 +825,20 @@ class Store:
                 raise NotFound(f"there is no run {run_id!r}", do="`sweeper list` shows what is there.")
             if row.state not in (State.FAILED, State.CANCELLED) or row.is_retried:
                 why = "it was retried before" if row.is_retried else f"it is {row.state}"
-                raise SweeperError(f"run {run_id} cannot be retried", why=why, do="Only a failed or cancelled run can, once.")
+                raise SweeperError(
+                    f"run {run_id} cannot be retried", why=why, do="Only a failed or cancelled run can, once."
+                )
             _execute(connection, "UPDATE sweeper_run SET is_retried=:t WHERE run_id=:r", t=True, r=run_id)
-            study_id = _execute(connection, "SELECT study_id FROM trials WHERE trial_id=:t", t=row.trial_id).scalar_one()
+            study_id = _execute(
+                connection, "SELECT study_id FROM trials WHERE trial_id=:t", t=row.trial_id
+            ).scalar_one()
             number = _next_trial(connection, study_id)
-            again = Proposal(number, json.loads(row.params), _params_of(connection, row.trial_id), system_attrs={"sweeper:retry_of": run_id})
+            again = Proposal(
+                number,
+                json.loads(row.params),
+                _params_of(connection, row.trial_id),
+                system_attrs={"sweeper:retry_of": run_id},
+            )
             _insert_trial(connection, study_id, number, "WAITING", again)
         return number
 
@@ -769,17 +851,30 @@ class Store:
             newest = {run.trial: run for run in restored.runs}
             ids = {}
             for trial in restored.trials:
-                ids[trial.number] = _restore_trial(connection, sweep.study_id, trial, newest.get(trial.number), restored, now)
+                ids[trial.number] = _restore_trial(
+                    connection, sweep.study_id, trial, newest.get(trial.number), restored, now
+                )
             for run in restored.runs:
-                _restore_run(connection, replace(run, sweep_id=sweep.sweep_id, trial_id=ids[run.trial]), restored, now)
+                _restore_run(
+                    connection, replace(run, sweep_id=sweep.sweep_id, trial_id=ids[run.trial]), restored, now
+                )
             last = max(run.number for run in restored.runs)
-            _execute(connection, "UPDATE sweeper_sweep SET next_run=:n WHERE sweep_id=:s", n=last + 1, s=sweep.sweep_id)
+            _execute(
+                connection,
+                "UPDATE sweeper_sweep SET next_run=:n WHERE sweep_id=:s",
+                n=last + 1,
+                s=sweep.sweep_id,
+            )
 
     # --- Optuna's view ---------------------------------------------------------------------
 
     def trials(self, study_id: int, *, after: int = -1, numbers: Sequence[int] = ()) -> list[TrialRow]:
         """Trials of a study with number > `after` or in `numbers`, by number: three joined queries."""
-        chosen = "(number > :after" + (f" OR number IN ({', '.join(str(int(n)) for n in numbers)})" if numbers else "") + ")"
+        chosen = (
+            "(number > :after"
+            + (f" OR number IN ({', '.join(str(int(n)) for n in numbers)})" if numbers else "")
+            + ")"
+        )
         with self._reading() as connection:
             query = f"FROM trials t LEFT JOIN %s x ON x.trial_id=t.trial_id WHERE t.study_id=:s AND {chosen}"
             heads = _execute(
@@ -874,7 +969,9 @@ class TrialRow:
     system_attrs: dict[str, str]
 
 
-def _trial_rows(heads: Sequence[Row[Any]], params: Sequence[Row[Any]], middle: Sequence[Row[Any]], attrs: Sequence[Row[Any]]) -> list[TrialRow]:
+def _trial_rows(
+    heads: Sequence[Any], params: Sequence[Any], middle: Sequence[Any], attrs: Sequence[Any]
+) -> list[TrialRow]:
     rows = {
         number: TrialRow(trial_id, number, state, started, completed, _python_value(value, kind), {}, {}, {})
         for trial_id, number, state, started, completed, value, kind in heads
@@ -901,7 +998,7 @@ def _lost(lease: Lease) -> Fenced:
 _statements: dict[str, sa.TextClause] = {}
 
 
-def _execute(connection: Connection, sql: str, **params: Any) -> sa.CursorResult[Any]:
+def _execute(connection: Connection, sql: str, **params: Any) -> Any:
     statement = _statements.get(sql)
     if statement is None:
         statement = _statements[sql] = sa.text(sql)
@@ -927,7 +1024,9 @@ def _count_drawn(connection: Connection, sweep_id: int) -> int:
 
 def _reserve_number(connection: Connection, sweep_id: int) -> int:
     after = _execute(
-        connection, "UPDATE sweeper_sweep SET next_run=next_run+1 WHERE sweep_id=:s RETURNING next_run", s=sweep_id
+        connection,
+        "UPDATE sweeper_sweep SET next_run=next_run+1 WHERE sweep_id=:s RETURNING next_run",
+        s=sweep_id,
     ).scalar_one()
     return int(after) - 1
 
@@ -935,9 +1034,12 @@ def _reserve_number(connection: Connection, sweep_id: int) -> int:
 def _study(connection: Connection, name: str, direction: str) -> int:
     if _execute(connection, "SELECT 1 FROM studies WHERE study_name=:n", n=name).first():
         raise StorageError(
-            f"the database already holds an Optuna study {name!r} that is not one of sweeper's", do="Choose another sweep.name=."
+            f"the database already holds an Optuna study {name!r} that is not one of sweeper's",
+            do="Choose another sweep.name=.",
         )
-    study_id = _execute(connection, "INSERT INTO studies (study_name) VALUES (:n) RETURNING study_id", n=name).scalar_one()
+    study_id = _execute(
+        connection, "INSERT INTO studies (study_name) VALUES (:n) RETURNING study_id", n=name
+    ).scalar_one()
     _execute(
         connection,
         "INSERT INTO study_directions (direction, study_id, objective) VALUES (:d, :s, 0)",
@@ -995,7 +1097,9 @@ _INSERT_PARAM = sa.text(
 
 def _params_of(connection: Connection, trial_id: int) -> dict[str, tuple[float, str]]:
     rows = _execute(
-        connection, "SELECT param_name, param_value, distribution_json FROM trial_params WHERE trial_id=:t", t=trial_id
+        connection,
+        "SELECT param_name, param_value, distribution_json FROM trial_params WHERE trial_id=:t",
+        t=trial_id,
     ).all()
     return {name: (value, text) for name, value, text in rows}
 
@@ -1041,7 +1145,9 @@ def _tell(connection: Connection, trial_id: int, state: State, value: float | No
         )  # fmt: skip
 
 
-def _insert_run(connection: Connection, run: Run, lease: Lease, *, owner: ProcessId, worker: str, now: float, until: float) -> None:
+def _insert_run(
+    connection: Connection, run: Run, lease: Lease, *, owner: ProcessId, worker: str, now: float, until: float
+) -> None:
     connection.execute(
         schema.run.insert(),
         {
@@ -1074,7 +1180,9 @@ def _insert_run(connection: Connection, run: Run, lease: Lease, *, owner: Proces
     )
 
 
-def _insert_attempt(connection: Connection, run_id: str, attempt: int, epoch: int, owner: ProcessId, now: float) -> None:
+def _insert_attempt(
+    connection: Connection, run_id: str, attempt: int, epoch: int, owner: ProcessId, now: float
+) -> None:
     _execute(
         connection,
         "INSERT INTO sweeper_attempt (run_id, attempt, lease_epoch, owner, started_at) VALUES (:r, :a, :e, :o, :now)",
@@ -1082,7 +1190,9 @@ def _insert_attempt(connection: Connection, run_id: str, attempt: int, epoch: in
     )  # fmt: skip
 
 
-def _end_attempt(connection: Connection, run_id: str, epoch: int, ending: Ending, *, now: float, step: int | None = None) -> None:
+def _end_attempt(
+    connection: Connection, run_id: str, epoch: int, ending: Ending, *, now: float, step: int | None = None
+) -> None:
     """Write why the attempt ended, and count it against the budget of its class."""
     _execute(
         connection,
@@ -1094,7 +1204,10 @@ def _end_attempt(connection: Connection, run_id: str, epoch: int, ending: Ending
     column = _OURS.get(ending.outcome)
     count = f", {column}={column}+1" if column else ""
     committed = _execute(
-        connection, "SELECT checkpoint_step FROM sweeper_attempt WHERE run_id=:r AND lease_epoch=:e", r=run_id, e=epoch
+        connection,
+        "SELECT checkpoint_step FROM sweeper_attempt WHERE run_id=:r AND lease_epoch=:e",
+        r=run_id,
+        e=epoch,
     ).scalar_one_or_none()
     _execute(
         connection,

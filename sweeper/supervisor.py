@@ -55,16 +55,19 @@ class WarmServer:
 
     Args:
         environment: Environment of the server and so of every trainer.
-        is_warm: False starts each trainer as a plain process instead (CUDA must never be
-            initialised in a server).
     """
 
-    def __init__(self, environment: dict[str, str], *, is_warm: bool = True) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
-        self._is_warm = is_warm
+        self._is_warm = True
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self.plain: list[subprocess.Popen[bytes]] = []
+
+    def go_plain(self) -> None:
+        """From now on start each trainer as a plain process: it wants CUDA."""
+        self._is_warm = False
+        self.stop()
 
     def start(self) -> None:
         """Start the server unless it lives. Returns at once; it imports torch meanwhile."""
@@ -73,7 +76,9 @@ class WarmServer:
         self._close_socket()
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = self._popen("sweeper.trainer.server", theirs.fileno(), os.getpid(), pass_fds=(theirs.fileno(),))
+            self._process = self._popen(
+                "sweeper.trainer.server", theirs.fileno(), os.getpid(), pass_fds=(theirs.fileno(),)
+            )
         self._sock = ours
 
     def _popen(self, module: str, *argv: int, pass_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
@@ -177,7 +182,9 @@ class Supervisor:
         self._store, self._search, self._times, self._server = store, search, times, server
         self._log, self._stop_reason, self._wake_fds, self._tick = log, stop_reason, wake_fds, tick
 
-    def run(self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]) -> Ending:
+    def run(
+        self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]
+    ) -> Ending:
         """Train one attempt to its end. The trainer and all it started are gone afterwards.
 
         `on_start` is called when the trainer says where it starts: its metrics log is cut by then.
@@ -235,7 +242,9 @@ class Supervisor:
         except StorageError as error:
             self._log(f"[LEASE] {lease.run_id}: could not be renewed: {error}")
             if before > renewed_boot_s + self._times.fence_s:
-                attempt.kill_reason = Ending(Outcome.FENCED, f"the lease could not be renewed in time: {error}")
+                attempt.kill_reason = Ending(
+                    Outcome.FENCED, f"the lease could not be renewed in time: {error}"
+                )
         else:
             renewed_boot_s = before
             self._tell(attempt, "deadline", at=before + self._times.fence_s)
@@ -244,19 +253,24 @@ class Supervisor:
     def _check_times(self, attempt: Attempt, started: float, stop_at_s: float | None) -> float | None:
         now = clock.awake_s()
         if attempt.pid is None and now - started > HELLO_WAIT_S:
-            attempt.kill_reason = Ending(Outcome.LOST, f"the trainer did not start within {HELLO_WAIT_S:.0f} s")
+            attempt.kill_reason = Ending(
+                Outcome.LOST, f"the trainer did not start within {HELLO_WAIT_S:.0f} s"
+            )
         if attempt.pid is None and not self._server.is_alive:
             attempt.kill_reason = Ending(Outcome.LOST, "the warm server died before the trainer started")
         if self._times.progress_s and now - attempt.heard_at_s > self._times.progress_s:
             attempt.kill_reason = Ending(
-                Outcome.LOST, f"no progress for {self._times.progress_s:.0f} s (lease.progress_s; call run.progress() in long evaluations)"
+                Outcome.LOST,
+                f"no progress for {self._times.progress_s:.0f} s (lease.progress_s; call run.progress() in long evaluations)",
             )
         reason = self._stop_reason()
         if reason and stop_at_s is None:
             self._tell(attempt, "stop", reason=reason)
             return now + self._times.grace_s
         if stop_at_s is not None and now > stop_at_s:
-            attempt.kill_reason = Ending(Outcome.PREEMPTED, f"{reason}; no step boundary within {self._times.grace_s:.0f} s")
+            attempt.kill_reason = Ending(
+                Outcome.PREEMPTED, f"{reason}; no step boundary within {self._times.grace_s:.0f} s"
+            )
         return stop_at_s
 
     def _tell(self, attempt: Attempt, kind: str, **data: Any) -> None:
@@ -274,7 +288,9 @@ class Supervisor:
             attempt.step = message["step"] if message.get("step") is not None else attempt.step
         elif kind == "refused":
             attempt.refusals.append(f"{message['checkpoint']}: {message['reason']}")
-            self._log(f"[RESUME] {run.run_id}: checkpoint {message['checkpoint']} refused: {message['reason']}")
+            self._log(
+                f"[RESUME] {run.run_id}: checkpoint {message['checkpoint']} refused: {message['reason']}"
+            )
         elif kind == "complaint":
             self._log(f"[CHECKPOINT] {run.run_id}: {message['text']}")
         elif kind in ("started", "resumed", "lease", "committed", "report"):
@@ -379,7 +395,9 @@ class Supervisor:
             return attempt.kill_reason
         if attempt.said is not None:
             return _told_ending(attempt.said, tuple(attempt.refusals))
-        return silent_ending(attempt.exit_status, was_oom_killed=was_oom_killed, detail=last_lines(attempt.log_path))
+        return silent_ending(
+            attempt.exit_status, was_oom_killed=was_oom_killed, detail=last_lines(attempt.log_path)
+        )
 
 
 def _told_ending(said: Message, refusals: tuple[str, ...]) -> Ending:
@@ -394,6 +412,8 @@ def _told_ending(said: Message, refusals: tuple[str, ...]) -> Ending:
         return Ending(Outcome.FENCED, reason)
     if kind == "no_checkpoint":
         return Ending(Outcome.CRASHED, reason, no_checkpoint=True, refusals=refusals)
+    if said["is_config"]:
+        return Ending(Outcome.PREEMPTED, reason, is_config=True)
     if said["is_disk_fault"]:
         return Ending(Outcome.LOST, reason, detail=said["detail"], is_disk_fault=True)
     return Ending(Outcome.OOM if said["is_oom"] else Outcome.CRASHED, reason, detail=said["detail"])
@@ -409,7 +429,9 @@ def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> E
         why = "the kernel ran out of memory" if was_oom_killed else f"the trainer was ended by {name}"
         return Ending(signal_outcome(number, was_oom_killed=was_oom_killed), why, detail=detail)
     code = os.WEXITSTATUS(status)
-    return Ending(Outcome.CRASHED, f"the trainer exited with code {code} without returning a value", detail=detail)
+    return Ending(
+        Outcome.CRASHED, f"the trainer exited with code {code} without returning a value", detail=detail
+    )
 
 
 def last_lines(path: Path) -> str:
@@ -435,11 +457,13 @@ def oom_kills() -> int:
     total = 0
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
-        name = f"/sys/fs/cgroup/memory{path}/memory.oom_control" if controllers == "memory" else f"/sys/fs/cgroup{path}/memory.events"
+        name = (
+            f"/sys/fs/cgroup/memory{path}/memory.oom_control"
+            if controllers == "memory"
+            else f"/sys/fs/cgroup{path}/memory.events"
+        )
         with contextlib.suppress(OSError, ValueError, IndexError):
             for row in Path(name).read_text().splitlines():
                 if row.startswith("oom_kill "):
                     total += int(row.split()[1])
     return total
-
-

@@ -93,7 +93,15 @@ class Worker:
     """
 
     def __init__(
-        self, store: Store, sweep: Sweep, *, data_dir: Path, name: str, server: WarmServer, stop: StopFlag, threads: int
+        self,
+        store: Store,
+        sweep: Sweep,
+        *,
+        data_dir: Path,
+        name: str,
+        server: WarmServer,
+        stop: StopFlag,
+        threads: int,
     ) -> None:
         self._store, self._sweep, self._data_dir, self._name = store, sweep, data_dir, name
         self._stop, self._threads = stop, threads
@@ -153,7 +161,9 @@ class Worker:
             proposal = self._search.propose()
             if proposal is None:
                 return None
-            claim = self._store.draw(self._sweep, proposal, owner=self._me, worker=self._name, threads=self._threads)
+            claim = self._store.draw(
+                self._sweep, proposal, owner=self._me, worker=self._name, threads=self._threads
+            )
             if claim is not None:
                 return claim
         return None
@@ -178,7 +188,9 @@ class Worker:
         lease = self._raise_epoch(claim, run_dir)
         identity = self._identity(run, run_dir)
         decision = self._on_claim(claim, run_dir)
-        rundir.write_marker(run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now())
+        rundir.write_marker(
+            run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now()
+        )
         if decision.action is Action.ADOPT:
             self._adopt(run, lease, run_dir, decision)
         elif decision.action is Action.SUPERSEDE:
@@ -201,7 +213,11 @@ class Worker:
             identity = rundir.read_identity(run_dir)
         except FileNotFoundError:
             return self._create(run, run_dir)
-        if (identity.wandb_run_id, identity.params, identity.seed) != (run.wandb_run_id, run.params, run.seed):
+        if (identity.wandb_run_id, identity.params, identity.seed) != (
+            run.wandb_run_id,
+            run.params,
+            run.seed,
+        ):
             raise ConfigError(
                 f"the directory {run_dir} belongs to another run of the name {run.run_id}",
                 do="Choose another data_dir or sweep.name, or make the database anew with `sweeper rebuild`.",
@@ -225,7 +241,10 @@ class Worker:
             log(f"[RESUME] {claim.run.run_id}: {error}; moved aside")
             result = {}
         decision = recovery.on_claim(
-            claimed_epoch=claim.lease.lease_epoch, result=result, mode=self._sweep.config["resume"]["mode"], is_new=claim.is_new
+            claimed_epoch=claim.lease.lease_epoch,
+            result=result,
+            mode=self._sweep.config["resume"]["mode"],
+            is_new=claim.is_new,
         )
         if result is not None and decision.action is not Action.ADOPT:
             rundir.move_result_aside(run_dir)
@@ -243,7 +262,9 @@ class Worker:
         checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch)
         spec = self._spec(run, lease, run_dir, identity)
         log_path = rundir.attempt_log(run_dir, run.attempts)
-        ending = self._supervisor.run(run, lease, spec, log_path, on_start=lambda: self._track(run, lease, run_dir))
+        ending = self._supervisor.run(
+            run, lease, spec, log_path, on_start=lambda: self._track(run, lease, run_dir)
+        )
         count = self._store.budget_after(lease, ending.outcome)
         self._finish(run, lease, run_dir, ending, count=count)
 
@@ -262,16 +283,24 @@ class Worker:
 
     def _finish(self, run: Run, lease: Lease, run_dir: Path, ending: Ending, *, count: int) -> None:
         config = self._sweep.config
-        decision = recovery.after(ending, count=count, retry=config["retry"], on_invalid=config["resume"]["on_invalid"])
+        decision = recovery.after(
+            ending, count=count, retry=config["retry"], on_invalid=config["resume"]["on_invalid"]
+        )
         log(_sentence(run, ending, decision))
         self._tracker.end(
-            run_id=run.run_id, outcome=str(ending.outcome), state=str(decision.state or State.INTERRUPTED), value=ending.value
+            run_id=run.run_id,
+            outcome=ending.outcome,
+            state=decision.state or State.INTERRUPTED,
+            value=ending.value,
         )
         if decision.action is Action.SETTLE:
             assert decision.state is not None
             settle(self._store, lease, run_dir, decision.state, replace(ending, reason=decision.reason))
         elif decision.action is Action.RELEASE:
-            self._store.release(lease, ending, not_before=clock.wall_s() + decision.back_off_s if decision.back_off_s else 0.0)
+            not_before = clock.wall_s() + decision.back_off_s if decision.back_off_s else 0.0
+            self._store.release(lease, ending, not_before=not_before)
+            if ending.is_config:
+                raise ConfigError(f"run {run.run_id} cannot be trained", why=ending.reason)
         elif decision.action is Action.SUPERSEDE:
             self._supersede(run, lease, run_dir, ending)
 
@@ -285,7 +314,17 @@ class Worker:
         rundir.remove_marker(run_dir)
 
     def _supersede(self, run: Run, lease: Lease, run_dir: Path, ending: Ending) -> None:
-        claim = supersede(self._store, self._sweep, run, lease, ending, data_dir=self._data_dir, create=self._create, owner=self._me, worker=self._name)
+        claim = supersede(
+            self._store,
+            self._sweep,
+            run,
+            lease,
+            ending,
+            data_dir=self._data_dir,
+            create=self._create,
+            owner=self._me,
+            worker=self._name,
+        )
         log(f"[RESUME] {run.run_id}: {ending.reason}, starting fresh as {claim.run.run_id}")
         self._handle(claim)
 
@@ -324,7 +363,16 @@ def settle(store: Store, lease: Lease, run_dir: Path, state: State, ending: Endi
 
 
 def supersede(
-    store: Store, sweep: Sweep, run: Run, lease: Lease, ending: Ending, *, data_dir: Path, create: Any, owner: Any, worker: str
+    store: Store,
+    sweep: Sweep,
+    run: Run,
+    lease: Lease,
+    ending: Ending,
+    *,
+    data_dir: Path,
+    create: Any,
+    owner: Any,
+    worker: str,
 ) -> Claim:
     """Start a fresh run in place of one that cannot go on.
 
@@ -335,13 +383,17 @@ def supersede(
     create(fresh, fresh_dir)
     rundir.write_marker(fresh_dir, attempt=1, lease_epoch=fresh.lease_epoch, owner=owner, started_at=_now())
     claim = store.supersede(lease, ending, fresh, owner=owner, worker=worker)
-    close_superseded(data_dir / run.path, lease_epoch=lease.lease_epoch, by=fresh.run_id, reason=ending.reason)
+    close_superseded(
+        data_dir / run.path, lease_epoch=lease.lease_epoch, by=fresh.run_id, reason=ending.reason
+    )
     return claim
 
 
 def close_superseded(run_dir: Path, *, lease_epoch: int, by: str, reason: str) -> None:
     """Result and marker of a superseded run, once the database knows."""
-    rundir.write_result(run_dir, lease_epoch=lease_epoch, state=str(State.SUPERSEDED), value=None, reason=reason, by=by)
+    rundir.write_result(
+        run_dir, lease_epoch=lease_epoch, state=str(State.SUPERSEDED), value=None, reason=reason, by=by
+    )
     rundir.remove_marker(run_dir)
 
 
@@ -382,7 +434,9 @@ def tidy_final(store: Store, sweep: Sweep, data_dir: Path) -> None:
         if not rundir.marker_path(run_dir).exists():
             continue
         if run.state is State.SUPERSEDED and not (run_dir / rundir.RESULT_FILE).exists():
-            rundir.write_result(run_dir, lease_epoch=run.lease_epoch, state=str(run.state), value=None, reason="superseded")
+            rundir.write_result(
+                run_dir, lease_epoch=run.lease_epoch, state=str(run.state), value=None, reason="superseded"
+            )
         log(f"[RESUME] {run.run_id} is {run.state}; its marker had outlived it and is removed")
         rundir.remove_marker(run_dir)
 
@@ -394,28 +448,46 @@ def _outcome_of(state: State) -> Outcome:
 def _sentence(run: Run, ending: Ending, decision: Decision) -> str:
     value = f", value {ending.value:.6g}" if ending.value is not None else ""
     reason = f": {decision.reason}" if decision.reason else ""
-    after = {Action.SETTLE: str(decision.state), Action.RELEASE: "may go on", Action.SUPERSEDE: "starts fresh"}
+    after = {
+        Action.SETTLE: str(decision.state),
+        Action.RELEASE: "may go on",
+        Action.SUPERSEDE: "starts fresh",
+    }
     return f"[RUN] {run.run_id} (trial {run.trial}): attempt {run.attempts} {ending.outcome}{value} → {after.get(decision.action, 'left alone')}{reason}"
 
 
 def _has_pruner(config: Mapping[str, Any] | None) -> bool:
-    return bool(config) and not str(config["_target_"]).endswith(".NopPruner")
+    return config is not None and not str(config["_target_"]).endswith(".NopPruner")
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def wants_cuda(config: Mapping[str, Any]) -> bool:
+    """Whether trainers will use CUDA, which must never be initialised in a warm server."""
+    return bool(config["launcher"].get("gpus_per_worker")) or "cuda" in str(
+        config["trainer"].get("device", "")
+    )
+
+
 # --- the process -----------------------------------------------------------------------------
 
 
-def main(sweep: str, *, storage: str, data_dir: Path, name: str | None = None, launcher_fd: int | None = None) -> int:
+def main(
+    sweep: str, *, storage: str, data_dir: Path, name: str | None = None, launcher_fd: int | None = None
+) -> int:
     """Run one worker of `sweep` until nothing is left; returns the exit code."""
     stop = StopFlag(launcher_fd)
     processes.adopt_orphans()
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {
+        **os.environ,
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
     environment.pop("SWEEPER_STORAGE", None)  # a trainer holds no database password
-    server = WarmServer(environment, is_warm="CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] == "")
+    server = WarmServer(environment)
     server.start()  # imports torch while this process opens the database
     try:
         return _work(sweep, storage=storage, data_dir=data_dir, name=name, server=server, stop=stop)
@@ -423,18 +495,31 @@ def main(sweep: str, *, storage: str, data_dir: Path, name: str | None = None, l
         server.stop()
 
 
-def _work(sweep: str, *, storage: str, data_dir: Path, name: str | None, server: WarmServer, stop: StopFlag) -> int:
+def _work(
+    sweep: str, *, storage: str, data_dir: Path, name: str | None, server: WarmServer, stop: StopFlag
+) -> int:
     store = Store(storage)
     found = store.sweep(sweep)
     store.ttl_s = float(found.config["lease"]["ttl_s"])
+    if wants_cuda(found.config):
+        server.go_plain()
     threads = int(os.environ.get("SWEEPER_THREADS", "1"))
     tidy_final(store, found, data_dir)
-    worker = Worker(store, found, data_dir=data_dir, name=name or f"{socket.gethostname()}:{os.getpid()}", server=server, stop=stop, threads=threads)
+    worker = Worker(
+        store,
+        found,
+        data_dir=data_dir,
+        name=name or f"{socket.gethostname()}:{os.getpid()}",
+        server=server,
+        stop=stop,
+        threads=threads,
+    )
     try:
         return worker.work()
     except OSError as error:
         raise SweeperError(
-            f"the data directory {data_dir} cannot be written", why=f"{error.strerror} ({error.filename})",
+            f"the data directory {data_dir} cannot be written",
+            why=f"{error.strerror} ({error.filename})",
             do="Free some space or mend the disk; nothing is lost, run the same command again.",
         ) from error
     finally:

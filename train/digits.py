@@ -25,7 +25,9 @@ def train(cfg, run) -> float:
     model = DigitNet(width=cfg.width, dropout=cfg.dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
     total_steps = cfg.epochs * len(loader) if cfg.max_steps is None else cfg.max_steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear(cfg.warmup_steps, total_steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, warmup_then_linear(cfg.warmup_steps, total_steps)
+    )
 
     loop = resumable(run, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
     for images, labels in loop.batches(epochs=cfg.epochs, max_steps=cfg.max_steps):

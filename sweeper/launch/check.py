@@ -13,7 +13,7 @@ from sweeper.errors import ConfigError, SweeperError
 from sweeper.rundir import check_sweep_name
 
 
-class CheckBeforeRun(Callback):  # type: ignore[misc]
+class CheckBeforeRun(Callback):
     """A Hydra callback: refuses bad names and places before Hydra makes its run directory.
 
     Hydra swallows exceptions of callbacks, therefore it says what is wrong and exits.
@@ -33,7 +33,10 @@ def check_places(config: Any) -> None:
     from omegaconf import OmegaConf
 
     if OmegaConf.is_missing(config.sweep, "name"):
-        raise ConfigError("no sweep was chosen", do="Add +sweep=simple, a sweep of your own with --config-dir, or sweep.name=….")
+        raise ConfigError(
+            "no sweep was chosen",
+            do="Add +sweep=simple, a sweep of your own with --config-dir, or sweep.name=….",
+        )
     check_sweep_name(config.sweep.name)
     data_dir = Path(str(config.data_dir))
     try:
@@ -45,6 +48,7 @@ def check_places(config: Any) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"the data directory {data_dir} cannot be written", why=error.strerror or str(error),
+            f"the data directory {data_dir} cannot be written",
+            why=error.strerror or str(error),
             do="Name another with data_dir=, make it writable, or free some space.",
         ) from error

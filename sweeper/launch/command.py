@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     if flags.is_dry:
         return _dry_run(settings)
     sweep, store = prepare(settings)
-    return start(sweep, store, storage=settings.storage, data_dir=settings.data_dir, is_detached=flags.is_detached)
+    return start(
+        sweep, store, storage=settings.storage, data_dir=settings.data_dir, is_detached=flags.is_detached
+    )
 
 
 def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
@@ -89,7 +91,9 @@ def _dry_run(settings: Settings) -> int:
     from sweeper.launch import local
 
     new = settings.new
-    print(f"sweep {new.name}: {new.n_trials} trials in {settings.data_dir}, database {settings.storage.rpartition('@')[2]}")
+    print(
+        f"sweep {new.name}: {new.n_trials} trials in {settings.data_dir}, database {settings.storage.rpartition('@')[2]}"
+    )
     for key, value in sorted(new.config["sweep"]["params"].items()):
         print(f"  {key}: {value}")
     for command in local.commands(new.name, n_workers=settings.launcher["n_workers"]):
@@ -143,7 +147,10 @@ def _continue(store: Store, found: Sweep, settings: Settings, config: dict[str, 
             do="Launch it as it was, or choose another name with sweep.name=.",
         )
     if new.n_trials < found.n_trials:
-        print(f"sweep {new.name}: n_trials goes down from {found.n_trials} to {new.n_trials}; what was drawn stays", file=sys.stderr)
+        print(
+            f"sweep {new.name}: n_trials goes down from {found.n_trials} to {new.n_trials}; what was drawn stays",
+            file=sys.stderr,
+        )
     store.update_sweep(new.name, n_trials=new.n_trials, config=config)
 
 
@@ -153,7 +160,8 @@ def _must_resume(store: Store, sweep: Sweep, data_dir: Path) -> None:
         if checkpoints.newest_valid(root, run_id=run.run_id, starts=store.starts(run.run_id)) is not None:
             return
     raise NotWell(
-        f"sweep {sweep.name!r} has no incomplete run with a valid checkpoint", why="resume.mode=must",
+        f"sweep {sweep.name!r} has no incomplete run with a valid checkpoint",
+        why="resume.mode=must",
         do="`sweeper list` shows its runs; launch with resume.mode=auto to go on anyway.",
     )
 
@@ -173,7 +181,9 @@ def start(sweep: Sweep, store: Store, *, storage: str, data_dir: Path, is_detach
     if left == 0 and incomplete == 0:
         print(f"sweep {sweep.name} is complete: all {sweep.n_trials} trials are done", file=sys.stderr)
         return progress.final_report(sweep.name, storage=storage, data_dir=data_dir)
-    return local.run(sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete, is_detached=is_detached)
+    return local.run(
+        sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete, is_detached=is_detached
+    )
 
 
 def resume(name: str, *, storage: str, data_dir: Path) -> int:

@@ -47,7 +47,10 @@ class Slot:
 def commands(sweep: str, *, n_workers: int) -> list[list[str]]:
     """The worker commands of a launch, one a slot."""
     host = socket.gethostname()
-    return [[sys.executable, "-m", "sweeper", "worker", sweep, "--name", f"{host}:{index}"] for index in range(n_workers)]
+    return [
+        [sys.executable, "-m", "sweeper", "worker", sweep, "--name", f"{host}:{index}"]
+        for index in range(n_workers)
+    ]
 
 
 def run(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_detached: bool) -> int:
@@ -60,7 +63,9 @@ def run(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_detache
     return Local(sweep.name, slots, storage=storage, data_dir=data_dir).follow()
 
 
-def _slots(sweep: str, num_workers: int, launcher: dict[str, object], *, storage: str, data_dir: Path) -> list[Slot]:
+def _slots(
+    sweep: str, num_workers: int, launcher: dict[str, object], *, storage: str, data_dir: Path
+) -> list[Slot]:
     threads = thread_count(num_workers)
     gpus = int(str(launcher.get("gpus_per_worker") or 0))
     devices = _devices(gpus * num_workers) if gpus else []
@@ -81,7 +86,11 @@ def _slots(sweep: str, num_workers: int, launcher: dict[str, object], *, storage
 def _devices(count: int) -> list[str]:
     """Ids of `count` devices, from CUDA_VISIBLE_DEVICES or counted from 0."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = [name for name in given.split(",") if name] if given is not None else [str(index) for index in range(count)]
+    ids = (
+        [name for name in given.split(",") if name]
+        if given is not None
+        else [str(index) for index in range(count)]
+    )
     if len(ids) < count:
         raise ConfigError(
             f"launcher.gpus_per_worker asks for {count} devices in all, CUDA_VISIBLE_DEVICES={given!r} has {len(ids)}",
@@ -187,11 +196,15 @@ class Local:
         quick = code > 0 and time.monotonic() - slot.started_at_s < QUICK_DEATH_S
         slot.quick_deaths = slot.quick_deaths + 1 if quick else 0
         if slot.quick_deaths > MAX_QUICK_DEATHS:
-            display.line(f"[LAUNCH] worker {slot.name} died {slot.quick_deaths} times in a row right after its start; given up")
+            display.line(
+                f"[LAUNCH] worker {slot.name} died {slot.quick_deaths} times in a row right after its start; given up"
+            )
             return
         wait_s = 0.5 * 2**slot.quick_deaths if slot.quick_deaths else 0.0
         why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        display.line(f"[LAUNCH] worker {slot.name} died ({why}); started again{f' in {wait_s:.0f} s' if wait_s else ''}")
+        display.line(
+            f"[LAUNCH] worker {slot.name} died ({why}); started again{f' in {wait_s:.0f} s' if wait_s else ''}"
+        )
         slot.not_before_s = time.monotonic() + wait_s or 1e-9
 
     def _is_work_left(self) -> bool:
@@ -211,7 +224,10 @@ class Local:
     def _result(self) -> int:
         self._drain()
         if self._stop is not None:
-            print(f"sweep {self._sweep} was stopped; go on with: python -m sweeper resume {self._sweep}", file=sys.stderr)
+            print(
+                f"sweep {self._sweep} was stopped; go on with: python -m sweeper resume {self._sweep}",
+                file=sys.stderr,
+            )
             return EXIT_INTERRUPTED if self._stop == signal.SIGINT else EXIT_RELEASED
         codes = [slot.exit_code for slot in self._slots]
         if EXIT_CONFIG in codes:

@@ -84,8 +84,16 @@ def _picture(progress: Any) -> Any:
     grid = Table.grid(padding=(0, 2))
     for run in progress["open_runs"]:
         total = run["total_steps"] or 0
-        bar = ProgressBar(total=total or 1, completed=min(run["global_step"], total) if total else 0, width=30)
-        grid.add_row(run["run_id"], bar, f"step {tables.steps(run)}", f"attempt {run['attempts']}", tables.escape(tables.short_params(run["params"])))
+        bar = ProgressBar(
+            total=total or 1, completed=min(run["global_step"], total) if total else 0, width=30
+        )
+        grid.add_row(
+            run["run_id"],
+            bar,
+            f"step {tables.steps(run)}",
+            f"attempt {run['attempts']}",
+            tables.escape(tables.short_params(run["params"])),
+        )
     return Group(Text(head, style="bold"), grid)
 
 
@@ -98,7 +106,9 @@ def final_report(sweep: str, *, storage: str, data_dir: Path) -> int:
     print(tables.runs_table(rows))
     best = progress["best"]
     if best:
-        print(f"\nbest {progress['metric']} {tables.number(best['value'])}: {best['run_id']} ({tables.short_params(best['params'])})")
+        print(
+            f"\nbest {progress['metric']} {tables.number(best['value'])}: {best['run_id']} ({tables.short_params(best['params'])})"
+        )
         print(f"more: python -m sweeper best {sweep} · python -m sweeper show {best['run_id']}")
     failed = [run["run_id"] for run in runs if run["state"] == State.FAILED and not run["is_retried"]]
     if failed:

@@ -52,19 +52,27 @@ def read(cfg: DictConfig) -> Settings:
         config = freeze(cfg)
         storage = OmegaConf.to_container(cfg.storage, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError("the configuration cannot be resolved", why=str(error).splitlines()[0], do="Set what is missing.") from error
+        raise ConfigError(
+            "the configuration cannot be resolved", why=str(error).splitlines()[0], do="Set what is missing."
+        ) from error
     assert isinstance(storage, dict)
     sweep = config["sweep"]
     check_values(config)
-    config["space"] = {key: distribution_of(key, _as_text(value)) for key, value in sorted(sweep["params"].items())}
+    config["space"] = {
+        key: distribution_of(key, _as_text(value)) for key, value in sorted(sweep["params"].items())
+    }
     for key in config["space"]:
         put(dict(config), key, _any_value(config, key))
     make(config["sampler"], kind="sampler", **_grid_arguments(config))
     make(config["pruner"], kind="pruner")
     points = grid(config["space"]) if is_grid(config["sampler"]) else ()
     n_trials = min(sweep["n_trials"], len(points)) if points else sweep["n_trials"]
-    new = NewSweep(sweep["name"], sweep["seed"], n_trials, sweep["metric"], sweep["direction"], config, points)
-    return Settings(new, str(storage["url"]), bool(storage["allow_network_file_system"]), Path(str(cfg.data_dir)))
+    new = NewSweep(
+        sweep["name"], sweep["seed"], n_trials, sweep["metric"], sweep["direction"], config, points
+    )
+    return Settings(
+        new, str(storage["url"]), bool(storage["allow_network_file_system"]), Path(str(cfg.data_dir))
+    )
 
 
 def _grid_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -127,27 +135,87 @@ def _frozen(node: Any, cfg: DictConfig) -> Any:
 def check_values(config: dict[str, Any]) -> None:
     """Refuse values that could only fail later."""
     sweep, launcher, lease = config["sweep"], config["launcher"], config["lease"]
-    _need(isinstance(sweep["n_trials"], int) and sweep["n_trials"] >= 1, "sweep.n_trials", sweep["n_trials"], "Use a number of trials, at least 1.")
+    _need(
+        isinstance(sweep["n_trials"], int) and sweep["n_trials"] >= 1,
+        "sweep.n_trials",
+        sweep["n_trials"],
+        "Use a number of trials, at least 1.",
+    )
     _need(isinstance(sweep["seed"], int), "sweep.seed", sweep["seed"], "Use a whole number.")
-    _need(sweep["direction"] in ("minimize", "maximize"), "sweep.direction", sweep["direction"], "Use minimize or maximize.")
-    _need(isinstance(sweep["metric"], str) and sweep["metric"], "sweep.metric", sweep["metric"], "Use the name of a reported metric.")
-    _need(isinstance(sweep["params"], dict), "sweep.params", sweep["params"], "Use keys like trainer.lr with a search space each.")
-    _need(config["resume"]["mode"] in ("auto", "must", "never"), "resume.mode", config["resume"]["mode"], "Use auto, must or never.")
-    _need(config["resume"]["on_invalid"] in ("fresh", "fail"), "resume.on_invalid", config["resume"]["on_invalid"], "Use fresh or fail.")
+    _need(
+        sweep["direction"] in ("minimize", "maximize"),
+        "sweep.direction",
+        sweep["direction"],
+        "Use minimize or maximize.",
+    )
+    _need(
+        isinstance(sweep["metric"], str) and sweep["metric"],
+        "sweep.metric",
+        sweep["metric"],
+        "Use the name of a reported metric.",
+    )
+    _need(
+        isinstance(sweep["params"], dict),
+        "sweep.params",
+        sweep["params"],
+        "Use keys like trainer.lr with a search space each.",
+    )
+    _need(
+        config["resume"]["mode"] in ("auto", "must", "never"),
+        "resume.mode",
+        config["resume"]["mode"],
+        "Use auto, must or never.",
+    )
+    _need(
+        config["resume"]["on_invalid"] in ("fresh", "fail"),
+        "resume.on_invalid",
+        config["resume"]["on_invalid"],
+        "Use fresh or fail.",
+    )
     keep = config["checkpoint"]["keep_last"]
-    _need(isinstance(keep, int) and keep >= 2, "checkpoint.keep_last", keep, "Use at least 2: one may turn out to be damaged.")
+    _need(
+        isinstance(keep, int) and keep >= 2,
+        "checkpoint.keep_last",
+        keep,
+        "Use at least 2: one may turn out to be damaged.",
+    )
     for key in ("every_n_steps", "every_s"):
         value = config["checkpoint"][key]
-        _need(value is None or (isinstance(value, int | float) and value > 0), f"checkpoint.{key}", value, "Use a positive number, or null.")
+        _need(
+            value is None or (isinstance(value, int | float) and value > 0),
+            f"checkpoint.{key}",
+            value,
+            "Use a positive number, or null.",
+        )
     for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
         _need(isinstance(value, int) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
     for key in ("heartbeat_s", "ttl_s"):
-        _need(isinstance(lease[key], int | float) and lease[key] > 0, f"lease.{key}", lease[key], "Use a number of seconds.")
-    _need(lease["ttl_s"] >= 3 * lease["heartbeat_s"], "lease.ttl_s", lease["ttl_s"], "Use at least three heartbeats.")
+        _need(
+            isinstance(lease[key], int | float) and lease[key] > 0,
+            f"lease.{key}",
+            lease[key],
+            "Use a number of seconds.",
+        )
+    _need(
+        lease["ttl_s"] >= 3 * lease["heartbeat_s"],
+        "lease.ttl_s",
+        lease["ttl_s"],
+        "Use at least three heartbeats.",
+    )
     workers = launcher.get("n_workers", 1)
-    _need(isinstance(workers, int) and 1 <= workers <= 10_000, "launcher.n_workers", workers, "Use a number of workers, at least 1.")
+    _need(
+        isinstance(workers, int) and 1 <= workers <= 10_000,
+        "launcher.n_workers",
+        workers,
+        "Use a number of workers, at least 1.",
+    )
     target = config["trainer"].get("_target_") if isinstance(config["trainer"], dict) else None
-    _need(isinstance(target, str) and "." in target, "trainer._target_", target, "Name an importable function, e.g. my_package.my_module.train.")
+    _need(
+        isinstance(target, str) and "." in target,
+        "trainer._target_",
+        target,
+        "Name an importable function, e.g. my_package.my_module.train.",
+    )
     from sweeper.tracking import TrackingSettings
 
     TrackingSettings.from_config(config["tracking"])
@@ -170,7 +238,11 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     sweep = config["sweep"]
-    flat = {"sweep.seed": sweep["seed"], "sweep.metric": sweep["metric"], "sweep.direction": sweep["direction"]}
+    flat = {
+        "sweep.seed": sweep["seed"],
+        "sweep.metric": sweep["metric"],
+        "sweep.direction": sweep["direction"],
+    }
     flat |= {f"sweep.params.{key}": value for key, value in sweep["params"].items()}
     flat |= dict(_flat("trainer", config["trainer"]))
     if is_grid(config["sampler"]):

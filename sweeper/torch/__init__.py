@@ -1,14 +1,14 @@
 """What a training script imports: exact, verified, preemption-safe resume in a few lines.
 
-    from sweeper.torch import resumable
+from sweeper.torch import resumable
 
-    def train(cfg, run):
-        model, optimizer, loader = build(cfg)
-        loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
-        for batch in loop.batches(epochs=cfg.epochs):
-            loss = step(model, optimizer, batch)
-            loop.report(loss=loss)
-        return evaluate(model)
+def train(cfg, run):
+    model, optimizer, loader = build(cfg)
+    loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
+    for batch in loop.batches(epochs=cfg.epochs):
+        loss = step(model, optimizer, batch)
+        loop.report(loss=loss)
+    return evaluate(model)
 """
 
 from sweeper.torch.loop import Loop, resumable

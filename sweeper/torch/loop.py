@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from sweeper import clock
 from sweeper.errors import CheckpointRefused
 from sweeper.torch.order import OrderedLoader
-from sweeper.torch.state import check_architecture, load_bytes, rng_state, set_rng_state
+from sweeper.torch.state import check_architecture, load_bytes, rng_state, saves, set_rng_state
 from sweeper.trainer.run import NoValidCheckpoint, Preempted, Run
 
 MODEL_FILE = "model.pth"
@@ -23,9 +23,7 @@ STATE_FILE = "state.json"
 STAGE = "train"
 
 
-def resumable(
-    run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **parts: Any
-) -> Loop:
+def resumable(run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **parts: Any) -> Loop:
     """Make a training resumable, and restore it if this run was interrupted.
 
     Args:
@@ -57,7 +55,9 @@ class Loop:
         best_value: Best reported value of the sweep's metric so far.
     """
 
-    def __init__(self, run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], parts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], parts: Mapping[str, Any]
+    ) -> None:
         self.step = self.epoch = self.step_in_epoch = self.total_steps = 0
         self.best_value: float | None = None
         self._run = run
@@ -139,7 +139,7 @@ class Loop:
             return True
         if self._every_steps and self.step - self._saved_step >= self._every_steps:
             return True
-        return bool(self._every_s) and clock.awake_s() - self._saved_at_s >= self._every_s
+        return self._every_s is not None and clock.awake_s() - self._saved_at_s >= self._every_s
 
     def _flush_row(self) -> None:
         row, self._row = self._row, {}
@@ -162,7 +162,9 @@ class Loop:
         except OSError as error:
             if self.step == self.total_steps:
                 raise
-            print(f"[CHECKPOINT] step {self.step} could not be saved: {error}; the older one stands", flush=True)
+            print(
+                f"[CHECKPOINT] step {self.step} could not be saved: {error}; the older one stands", flush=True
+            )
             self._run.complain(f"checkpoint of step {self.step} could not be saved: {error}")
         else:
             self._saved_step = self.step
@@ -172,9 +174,9 @@ class Loop:
         run = self._run
         offset = run.metrics.sync()
         draft = run.draft(self.step)
-        draft.add(MODEL_FILE, lambda file: torch.save(self._model.state_dict(), file))
-        draft.add(OPTIMIZER_FILE, lambda file: torch.save({k: v.state_dict() for k, v in self._parts.items()}, file))
-        draft.add(RNG_FILE, lambda file: torch.save(rng_state(), file))
+        draft.add(MODEL_FILE, saves(self._model.state_dict()))
+        draft.add(OPTIMIZER_FILE, saves({name: part.state_dict() for name, part in self._parts.items()}))
+        draft.add(RNG_FILE, saves(rng_state()))
         draft.add_bytes(STATE_FILE, json.dumps(self._counters(offset), indent=2, sort_keys=True).encode())
         run.metrics.ensure_in_place()
         run.commit(draft)
@@ -212,13 +214,17 @@ class Loop:
         manifest, contents = self._run.read(directory)
         try:
             state = json.loads(contents[STATE_FILE])
-            model, parts, rng = (load_bytes(name, contents[name]) for name in (MODEL_FILE, OPTIMIZER_FILE, RNG_FILE))
+            model, parts, rng = (
+                load_bytes(name, contents[name]) for name in (MODEL_FILE, OPTIMIZER_FILE, RNG_FILE)
+            )
             self._check(state, model, parts)
             self._model.load_state_dict(model)
             for name, part in self._parts.items():
                 part.load_state_dict(parts[name])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointRefused("it does not fit this training", why=f"{type(error).__name__}: {error}") from error
+            raise CheckpointRefused(
+                "it does not fit this training", why=f"{type(error).__name__}: {error}"
+            ) from error
         self.step = self._saved_step = manifest.step
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.best_value = state["best_loss"]

@@ -90,19 +90,17 @@ class OrderedLoader:
 def _order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:
     if isinstance(loader.dataset, IterableDataset):
         raise ConfigError("an IterableDataset has no positions to return to", do="Use a map-style dataset.")
-    batches = loader.batch_sampler
-    sampler = getattr(batches, "sampler", None)
-    plain = type(batches) is BatchSampler and type(sampler) in (RandomSampler, SequentialSampler)
-    if not plain or getattr(sampler, "replacement", False):
+    batches, sampler = loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
+    is_random = type(sampler) is RandomSampler and not sampler.replacement
+    if type(batches) is not BatchSampler or not (is_random or type(sampler) is SequentialSampler):
         raise ConfigError(
             f"the loader's sampler {type(sampler or batches).__name__} cannot be resumed exactly",
             do="Pass a DataLoader with batch_size and shuffle; its order is then made from the run's seed.",
         )
-    assert batches is not None and sampler is not None
     return EpochOrder(
-        len(sampler),
+        len(loader.dataset),  # type: ignore[arg-type]
         batch_size=batches.batch_size,
         drop_last=batches.drop_last,
-        shuffle=isinstance(sampler, RandomSampler),
+        shuffle=is_random,
         seed=seed,
     )

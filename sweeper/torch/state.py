@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
+from sweeper.checkpoints import DigestingFile
 from sweeper.errors import CheckpointRefused
 
 
@@ -28,8 +29,13 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(numpy_state["gauss"]),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if _uses_cuda() else [],
     }
+
+
+def _uses_cuda() -> bool:
+    # Asking for more would initialise CUDA in a process that trains on the CPU.
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
@@ -47,6 +53,11 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def saves(value: Any) -> Callable[[DigestingFile], None]:
+    """What writes `value` to a checkpoint's file; `torch.save` needs nothing but `write`."""
+    return lambda file: torch.save(value, cast(IO[bytes], file))
 
 
 def load_bytes(name: str, data: bytes) -> Any:

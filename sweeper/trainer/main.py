@@ -79,7 +79,7 @@ def train_and_tell(spec: Spec, link: WorkerLink) -> int:
         return 1
     except ChannelClosed:
         raise
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever a user's code raises is an outcome
         return _tell_error(error, run, link)
     else:
         link.tell("result", value=value)
@@ -97,6 +97,7 @@ def _tell_error(error: BaseException, run: Run, link: WorkerLink) -> int:
         "error",
         reason=reason[:2000],
         detail=text[-MAX_TRACEBACK_CHARS:],
+        is_config=isinstance(error, ConfigError),
         is_oom=is_out_of_memory(error),
         is_disk_fault=_is_disk_fault(error),
     )
@@ -116,7 +117,8 @@ def _is_disk_fault(error: BaseException) -> bool:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return any(
-        isinstance(link, CheckpointError | OSError) and getattr(link, "errno", None) in DISK_FAULTS for link in chain
+        isinstance(link, CheckpointError | OSError) and getattr(link, "errno", None) in DISK_FAULTS
+        for link in chain
     )
 
 
@@ -130,7 +132,9 @@ def load_training(spec: Spec) -> tuple[Callable[[Any, Run], object], Any]:
 
     data = rundir.read_bytes(Path(spec.run_dir) / rundir.CONFIG_FILE)
     if checkpoints.digest(data) != spec.config_digest:
-        raise ConfigError(f"config.yaml of run {spec.run_id} was changed", do="Restore it, or cancel and retry the run.")
+        raise ConfigError(
+            f"config.yaml of run {spec.run_id} was changed", do="Restore it, or cancel and retry the run."
+        )
     cfg = OmegaConf.create(data.decode())
     target = OmegaConf.select(cfg, "trainer._target_")
     del cfg.trainer["_target_"]

@@ -247,5 +247,3 @@ def checked_value(value: object) -> float:
 def in_attempt(run_id: str, lease_epoch: int) -> str:
     """The tag that programs started by an attempt inherit in their environment."""
     return f"{run_id}:{lease_epoch}"
-
-

@@ -70,7 +70,7 @@ def _orphan(sock: socket.socket, request: dict[str, object], fds: list[int], wor
         os.setsid()
         sock.close()
         code = _trainer(request, fds, worker_pid)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - a forked child must never return into the server's frames
         sys.excepthook(*sys.exc_info())
         code = 1
     trainer_main.leave(code)
