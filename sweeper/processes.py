@@ -1,4 +1,4 @@
-"""Who a process is, whether it is gone for certain, and how to end what is left of it."""
+"""Who a process is, and how to end what is left of it. Whether it lives: `sweeper.alive`."""
 
 from __future__ import annotations
 
@@ -11,47 +11,27 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from sweeper.alive import boot_id, machine_id, pid_namespace, proof_of_death, start_ticks
 from sweeper.records import ProcessId
+
+__all__ = [
+    "ATTEMPT_VARIABLE",
+    "adopt_orphans",
+    "boot_id",
+    "die_with_parent",
+    "identify",
+    "kill_leftovers",
+    "machine_id",
+    "pid_namespace",
+    "proof_of_death",
+    "start_ticks",
+]
 
 ATTEMPT_VARIABLE = "SWEEPER_ATTEMPT"
 """Environment variable `<run_id>:<lease_epoch>` that programs started by a trainer inherit."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
-
-
-def boot_id() -> str:
-    """The kernel's id of this boot; the same in every container of the machine."""
-    return _read("/proc/sys/kernel/random/boot_id")
-
-
-def machine_id() -> str:
-    """An id of this machine that survives a reboot."""
-    return _read("/etc/machine-id") or _read("/var/lib/dbus/machine-id") or socket.gethostname()
-
-
-def pid_namespace() -> str:
-    """The PID namespace of this process, in which its pids mean something."""
-    return os.readlink("/proc/self/ns/pid")
-
-
-def start_ticks(pid: int) -> int | None:
-    """When `pid` started, in clock ticks after boot; None if it is gone or a zombie.
-
-    Source: proc(5), fields 3 and 22 of /proc/PID/stat, counted after the last parenthesis.
-    """
-    text = _read(f"/proc/{pid}/stat")
-    if not text:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def identify(pid: int | None = None) -> ProcessId:
@@ -67,36 +47,6 @@ def identify(pid: int | None = None) -> ProcessId:
         start_ticks=start_ticks(pid) or 0,
         slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
     )
-
-
-def proof_of_death(process: ProcessId) -> str | None:
-    """Why `process` is gone for certain, or None when that cannot be proved from here."""
-    if process.boot_id != boot_id():
-        same_machine = process.machine_id == machine_id() and process.host == socket.gethostname()
-        return "this machine has rebooted since" if same_machine else None
-    if process.pid_namespace != pid_namespace() or process.uid != os.getuid():
-        return None
-    if start_ticks(process.pid) == process.start_ticks:
-        return None
-    # HAZARD: with hidepid an unreadable /proc entry is no proof; kill(2) with signal 0 is.
-    if start_ticks(process.pid) is None and _exists(process.pid) and not _is_zombie(process.pid):
-        return None
-    return f"its process {process.pid} is gone"
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _is_zombie(pid: int) -> bool:
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return bool(fields) and fields[0] in "ZX"
 
 
 def kill_leftovers(processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: float = 5.0) -> list[int]:

@@ -21,11 +21,23 @@ from sqlalchemy import (
     text,
 )
 
-PREFIX = "sweeper_"
-VERSION_TABLE = "sweeper_version"
-HEAD = "0001"
-"""The Alembic revision this code reads and writes."""
+from sweeper.version_table import HEAD, VERSION_TABLE
 
+__all__ = [
+    "HEAD",
+    "OPTUNA_INDEXES",
+    "OPTUNA_REVISION",
+    "PREFIX",
+    "VERSION_TABLE",
+    "attempt",
+    "meta",
+    "metadata",
+    "run",
+    "sweep",
+    "verdict",
+]
+
+PREFIX = "sweeper_"
 OPTUNA_REVISION = "v3.2.0.a"
 """The revision of Optuna's tables (schema 12) that `sweeper.store` was written for."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, rundir
-from sweeper.errors import EXIT_CONFIG, EXIT_NOT_WELL, EXIT_OK, ConfigError, NotWell, UsageError
+from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotWell, UsageError
 from sweeper.launch.settings import Settings
 from sweeper.records import Sweep
 from sweeper.states import INCOMPLETE
@@ -65,26 +66,39 @@ def compose(argv: list[str]) -> Any:
     """Let Hydra read the command line; None when it only answered a question (--cfg, --help, …).
 
     Raises:
-        ConfigError: Hydra refused; it has said why on stderr.
+        ConfigError: Hydra refused.
     """
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     captured: list[Any] = []
 
     def task(cfg: Any) -> None:
         captured.append(cfg)
 
-    before = sys.argv
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["sweeper launch", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing a traceback and exiting
     try:
         hydra.main(version_base="1.3", config_path="pkg://sweeper_conf", config_name="config")(task)()
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            return None
-        raise SystemExit(EXIT_CONFIG if stop.code == 1 else stop.code) from stop
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(
+            "the configuration is refused",
+            why=_in_one_line(error),
+            do="`python -m sweeper launch +sweep=simple --cfg job` shows what there is; --help explains overrides.",
+        ) from error
     finally:
-        sys.argv = before
+        sys.argv = before[0]
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before[1] is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before[1]
     return captured[0] if captured else None
+
+
+def _in_one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))
 
 
 def _dry_run(settings: Settings) -> int:
