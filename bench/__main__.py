@@ -71,8 +71,17 @@ def lines_of(row: str, bench: Bench) -> list[Line]:
     name, function = ROWS[row]
     try:
         return list(function(bench))
-    except Failed as error:
-        return [Line(row, name, "", Missing(str(error)), Missing("not measured"), Goal("", lambda *_: None))]
+    except (Failed, LookupError, ValueError, OSError) as error:
+        return [
+            Line(
+                row,
+                name,
+                "",
+                Missing(f"{type(error).__name__}: {error}"),
+                Missing("not measured"),
+                Goal("", lambda *_: None),
+            )
+        ]
 
 
 def machine() -> dict[str, Any]:

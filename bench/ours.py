@@ -17,8 +17,8 @@ CONF = Path(__file__).parent / "conf"
 
 def launch(sweep: str, directory: Path, *overrides: str) -> list[str]:
     """The command that starts a sweep of bench/conf, or goes on with it."""
-    argv = [sys.executable, "-m", "sweeper", "launch", f"+sweep={sweep}", "--config-dir", str(CONF)]
-    return [*argv, f"data_dir={directory}/data", *overrides]
+    argv = [sys.executable, "-m", "sweeper", "launch", f"+sweep={sweep}", f"data_dir={directory}/data"]
+    return [*argv, *overrides, "--config-dir", str(CONF)]
 
 
 def trials(count: int, *, sweep: str = "bench_tiny") -> Contender:

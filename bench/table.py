@@ -32,9 +32,6 @@ class Missing:
 
     reason: str
 
-    def text(self) -> str:
-        return f"– {self.reason}"
-
 
 Cell = Series | Missing
 
@@ -104,34 +101,36 @@ HEADER = ("row", "ours", "floor", "ours/floor", "goal", "ok", "peers")
 
 
 def render(lines: Iterable[Line]) -> str:
-    """The table as text; peers are stacked in the last column, notes follow."""
-    rows = [HEADER, *(row for line in lines for row in _rows(line))]
+    """The table as text; peers are stacked in the last column, reasons for what is missing follow."""
+    reasons: list[str] = []
+    rows = [HEADER, *(row for line in lines for row in _rows(line, reasons))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER) - 1)]
     text = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         text.append("  ".join([*cells, row[-1]]).rstrip())
-    text.insert(1, "-" * min(150, max(map(len, text))))
-    return "\n".join(text)
+    text.insert(1, "-" * max(map(len, text)))
+    return "\n".join([*text, *(f"({index}) {reason}" for index, reason in enumerate(reasons, start=1))])
 
 
-def _rows(line: Line) -> list[tuple[str, ...]]:
+def _rows(line: Line, reasons: list[str]) -> list[tuple[str, ...]]:
     ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
-    peers = [f"{name}: {_noted(cell)}" for name, cell in line.peers.items()] or [""]
-    title = [f"{line.row}  {line.title} [{line.unit}]"]
-    first = (title[0], _noted(line.ours), _noted(line.floor), ratio, line.goal.text, line.verdict, peers[0])
-    rest = [("",) * 6 + (peer,) for peer in peers[1:]]
-    return [first, *rest]
+    title = f"{line.row:<2} {line.title} [{line.unit}]"
+    ours, floor = _shown(line.ours, reasons), _shown(line.floor, reasons)
+    peers = [f"{name}: {_shown(cell, reasons)}" for name, cell in line.peers.items()] or [""]
+    first = (title, ours, floor, ratio, line.goal.text, line.verdict, peers[0])
+    return [first, *(("",) * 6 + (peer,) for peer in peers[1:])]
 
 
-def _noted(cell: Cell) -> str:
-    note = f" [{cell.note}]" if isinstance(cell, Series) and cell.note else ""
-    return cell.text() + note
+def _shown(cell: Cell, reasons: list[str]) -> str:
+    if isinstance(cell, Missing):
+        if cell.reason not in reasons:
+            reasons.append(cell.reason)
+        return f"– ({reasons.index(cell.reason) + 1})"
+    return cell.text() + (f" [{cell.note}]" if cell.note else "")
 
 
-def at_most(
-    factor: float, *, plus: Callable[[dict[str, Cell]], float] | None = None
-) -> Callable[..., bool | None]:
+def at_most(factor: float) -> Callable[..., bool | None]:
     """Ours ≤ factor × floor."""
 
     def reached(ours: Series, floor: Cell, _: dict[str, Cell]) -> bool | None:

@@ -42,6 +42,8 @@ def tail(path: Path) -> Event | None:
             lines = file.read().splitlines()
     except FileNotFoundError:
         return None
+    if not lines:
+        return None
     at, pid, name, step = lines[-1].split()
     return Event(float(at), int(pid), name.decode(), int(step))
 
