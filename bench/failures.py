@@ -120,15 +120,13 @@ def goodput(contender: Contender, victim: Victim, *, window_s: float, mean_s: fl
     kills = 0
     try:
         with session(contender) as running:
-            first = trace.read(running.trace)[0 if running.contender.is_supervised else 0]
             first = next(event for event in trace.read(running.trace) if event.name == "step")
             now_s = first.at_s
             while (due_s := now_s + gaps.expovariate(1 / mean_s)) < first.at_s + window_s:
                 _keep_until(running, due_s)
                 running.kill(victim)
-                kills += 1
-                running.keep_alive() if victim == "everything" or not contender.is_supervised else None
-                now_s = due_s
+                running.keep_alive()
+                now_s, kills = due_s, kills + 1
             _keep_until(running, first.at_s + window_s)
             end_s = time.monotonic()
             steps = [event for event in trace.read(running.trace) if event.name == "step"]

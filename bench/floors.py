@@ -76,7 +76,8 @@ def query_s(database: Path, *, repeats: int) -> Series:
     code = (
         "import sqlite3, sys, json\n"
         "db = sqlite3.connect('file:' + sys.argv[1] + '?mode=ro', uri=True)\n"
-        "sql = \"SELECT run_id, state, global_step FROM sweeper_run WHERE state IN ('running', 'interrupted')\"\n"
+        'sql = "SELECT run_id, state, global_step FROM sweeper_run"\n'
+        "sql += \" WHERE state IN ('running', 'interrupted')\"\n"
         "print(json.dumps(db.execute(sql).fetchall()))"
     )
     return timed([sys.executable, "-I", "-c", code, str(database)], repeats=repeats)

@@ -66,7 +66,7 @@ def listing_s(database: Path, *, repeats: int) -> Cell:
 
 
 def stall_ms(*, size_mb: int, repeats: int, every: int = 5) -> Cell:
-    """Row 8: how long the loop stands still at the steps that save; what other boundaries take is taken off."""
+    """Row 8: how long the loop stands still at the steps that save, beyond what other steps take."""
     overrides = (
         f"trainer.size_mb={size_mb}",
         f"trainer.steps={every * (repeats + 1) + 1}",

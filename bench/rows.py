@@ -113,20 +113,20 @@ def ask_tell(bench: Bench) -> Iterator[Line]:
     """Row 3."""
     size = bench.size
     for workers in (1, 4, 16):
-        arguments = {"workers": workers, "acts": size.asks, "limit_s": size.ask_limit_s}
-        mine = _measured(lambda: ours.asks(**arguments))
-        floor = _measured(lambda: floors.transactions(**{**arguments, "acts": 4 * size.asks}))
+        options = {"workers": workers, "limit_s": size.ask_limit_s}
+        mine = _measured(ours.asks, acts=size.asks, **options)
+        floor = _measured(floors.transactions, acts=4 * size.asks, **options)
         others = {}
         for kind in ("sqlite", "journal") if bench.has_peers else ():
             bench.say(f"  Optuna on {kind}, {workers} workers")
-            others[f"Optuna, {kind}"] = _measured(lambda k=kind: peers.asks(k, **arguments))
+            others[f"Optuna, {kind}"] = _measured(peers.asks, kind=kind, acts=size.asks, **options)
         yield _rates(workers, mine, floor, others)
         yield _latencies(workers, mine, floor, others)
 
 
-def _measured(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _measured(act: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
     try:
-        return act()
+        return act(**arguments)
     except Failed as error:
         return {"error": str(error)}
 

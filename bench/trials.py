@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from bench import processes, trace
@@ -39,7 +40,7 @@ def paces(ends: list[float]) -> list[float]:
     """Seconds per trial in up to WINDOWS windows of equal size."""
     size = max(1, (len(ends) - 1) // WINDOWS)
     marks = ends[::size]
-    return [(after - before) / size for before, after in zip(marks, marks[1:], strict=False)]
+    return [(after - before) / size for before, after in pairwise(marks)]
 
 
 def first_start_s(contender: Contender, *, repeats: int, timeout_s: float) -> Cell:

@@ -18,6 +18,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sqlalchemy.engine import Connection, Engine, Row, make_url
 from sweeper import clock, processes, rundir, schema
 from sweeper.errors import ConfigError, Fenced, NotFound, StorageError, SweeperError
 from sweeper.records import Claim, Ending, Lease, Params, ParamValue, ProcessId, Run, Sweep
+from sweeper.recovery import MAX_BACK_OFF_S
 from sweeper.states import INCOMPLETE, OPTUNA_STATE, SETTLES, Event, Outcome, State, source, target
 
 BUSY_TIMEOUT_S = 60.0
@@ -301,8 +303,8 @@ def _create_optuna_tables(url: str, path: Path | None) -> None:
 class Store:
     """An open database. Not for several threads at once.
 
-    Raises (every method): StorageError when the database cannot be used; methods that take a
-    Lease raise Fenced when it is lost.
+    Raises (every method): StorageError when the database cannot be used; methods that write
+    under a Lease, and `check`, raise Fenced when it is lost.
     """
 
     def __init__(self, url: str, *, ttl_s: float = 60.0, allow_network_file_system: bool = False) -> None:
@@ -533,8 +535,10 @@ class Store:
             is_patient: Leave runs alone that are backing off.
         """
         only = "AND run_id=:only" if run_id else ""
+        # HAZARD: wall clocks are set back; nobody backs off for longer than the longest back-off.
+        waited = "AND (not_before<=:now OR not_before>:latest)"
         select = (
-            f"SELECT run_id FROM sweeper_run WHERE sweep_id=:s AND state='{source(Event.CLAIM)}' {'AND not_before<=:now' if is_patient else ''} {only} "
+            f"SELECT run_id FROM sweeper_run WHERE sweep_id=:s AND state='{source(Event.CLAIM)}' {waited if is_patient else ''} {only} "
             "ORDER BY CASE WHEN worker=:worker THEN 0 ELSE 1 END, "
             "1.0 * COALESCE(checkpoint_step, 0) / COALESCE(NULLIF(total_steps, 0), 1) DESC, number LIMIT 1"
         )
@@ -542,7 +546,7 @@ class Store:
             select += " FOR UPDATE SKIP LOCKED"
         return self._own(
             f"run_id=({select}) AND state='{source(Event.CLAIM)}'",
-            {"s": sweep_id, "only": run_id},
+            {"s": sweep_id, "only": run_id, "latest": clock.wall_s() + MAX_BACK_OFF_S},
             owner=owner, worker=worker, reason="it was interrupted",
         )  # fmt: skip
 
@@ -739,7 +743,10 @@ class Store:
             _end_attempt(connection, lease.run_id, lease.lease_epoch, ending, now=now)
 
     def budget_after(self, lease: Lease, outcome: Outcome) -> int:
-        """How many consecutive attempts without a newer checkpoint end so, this one included."""
+        """How many consecutive attempts without a newer checkpoint end so, this one included.
+
+        A read: with a lost lease it says nothing, and what is decided from it raises Fenced.
+        """
         column = _OURS.get(outcome)
         if column is None:
             return 0
@@ -995,14 +1002,11 @@ def _lost(lease: Lease) -> Fenced:
 
 # --- statements ----------------------------------------------------------------------------
 
-_statements: dict[str, sa.TextClause] = {}
+_text = lru_cache(maxsize=500)(sa.text)  # bounded: `Store.trials` writes numbers into its text
 
 
 def _execute(connection: Connection, sql: str, **params: Any) -> Any:
-    statement = _statements.get(sql)
-    if statement is None:
-        statement = _statements[sql] = sa.text(sql)
-    return connection.execute(statement, params)
+    return connection.execute(_text(sql), params)
 
 
 def _list(states: Any) -> str:

@@ -13,8 +13,8 @@ from bench.scripts.ours_asks import prepare
 
 TRIALS = "INSERT INTO trials (trial_id, number, study_id, state) VALUES (?, ?, 1, ?)"
 RUN_COLUMNS = (
-    "run_id, sweep_id, number, trial_id, trial, params, seed, threads, path, wandb_run_id, state, outcome, value,"
-    " lease_epoch, attempts, global_step, total_steps, checkpoint_step, created_at, updated_at"
+    "run_id, sweep_id, number, trial_id, trial, params, seed, threads, path, wandb_run_id, state, outcome,"
+    " value, lease_epoch, attempts, global_step, total_steps, checkpoint_step, created_at, updated_at"
 )
 
 

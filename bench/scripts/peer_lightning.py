@@ -1,4 +1,6 @@
-"""Peer: PyTorch Lightning with a checkpoint each EVERY steps, resumed from its last one, started again when it dies.
+"""Peer: PyTorch Lightning with a checkpoint each EVERY steps, resumed from its newest one.
+
+The bench starts it again when it dies.
 
 Usage: peer_lightning.py DIRECTORY EVERY
 """

@@ -36,7 +36,8 @@ def fill(path: str, runs: int, unfinished: int) -> None:
             ),
         )
         connection.executemany(
-            "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) VALUES (?, ?, 0.01, ?)",
+            "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)"
+            " VALUES (?, ?, 0.01, ?)",
             (
                 (row, name, optuna.distributions.distribution_to_json(distribution))
                 for name, distribution in PARAMS.items()

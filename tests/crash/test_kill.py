@@ -1,0 +1,181 @@
+"""SIGKILL at every file operation; whoever comes next ends with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crash.mini import (
+    Final,
+    KillAt,
+    Place,
+    Trace,
+    damage,
+    failures,
+    final,
+    finish,
+    kind_of,
+    sites,
+    traced,
+    was_killed,
+)
+
+Check = Callable[[int, Path], str | None]
+
+
+def killed_then_finished(base: Place, end: Final, *, second: int | None = None) -> Check:
+    """Kill a worker at one operation, its successor too if asked; the last one must end well."""
+
+    def check(at: int, where: Path) -> str | None:
+        place = base.copy(where)
+        if not was_killed(finish(place, probe=KillAt(at))):
+            return "nobody was killed"
+        if second is not None:
+            finish(place, probe=KillAt(random.Random(at + second).randrange(150)))
+        status = finish(place)
+        if status != 0:
+            return f"the successor ended with {status}: {place.printed()}"
+        return end.differs(final(place))
+
+    return check
+
+
+def names(trace: Trace) -> set[str]:
+    return {kind_of(*operation) for operation in trace}
+
+
+# --- the whole life of a run -----------------------------------------------------------------
+
+
+def test_the_operations_are_those_of_the_protocols(undisturbed: tuple[Trace, Final]) -> None:
+    trace, _ = undisturbed
+    assert len(trace) > 150
+    assert names(trace) >= {
+        *("mkdir mini.r.00000", "rename config.yaml", "rename run.json", "rename mini.r.00000.incomplete"),
+        *("create .metrics", "rename metrics.jsonl", "fsync metrics.jsonl", "mkdir draft"),
+        *(f"{word} draft/{name}" for word in ("create", "write", "fsync") for name in ("model.pth", "MANIFEST.json")),
+        *("fsync_dir draft", "rename step_00000006", "fsync_dir checkpoints", "rename trainer_checkpoint.json"),
+        *("rename .trash/…", "unlink model.pth", "rmdir .trash/…", "rename stage_status.json"),
+        *("fsync .result.json", "link result.json", "unlink mini.r.00000.incomplete"),
+    }
+
+
+def test_kill_at_one_operation_of_each_kind(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
+    trace, end = undisturbed
+    assert failures(killed_then_finished(fresh, end), sites(trace)[:: 2]) == []
+
+
+@pytest.mark.slow
+def test_kill_at_every_operation(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
+    trace, end = undisturbed
+    assert failures(killed_then_finished(fresh, end), range(len(trace))) == []
+
+
+@pytest.mark.slow
+def test_kill_again_during_the_recovery(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
+    trace, end = undisturbed
+    assert failures(killed_then_finished(fresh, end, second=1), sites(trace)) == []
+
+
+# --- a resume that has something to move out of the way --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torn(fast_dir: Path, interrupted: Place) -> Place:
+    """The newest checkpoint is damaged: the next owner goes on from step 2 and condemns step 4."""
+    place = interrupted.copy(fast_dir / "torn")
+    damage(place.root() / "step_00000004")
+    return place
+
+
+@pytest.fixture(scope="module")
+def resume_trace(fast_dir: Path, torn: Place) -> Trace:
+    trace = traced(torn.copy(fast_dir / "torn-undisturbed"), fast_dir / "torn.trace")
+    assert names(trace) >= {
+        *("rename .condemned/…", "create .metrics", "write .metrics", "rename metrics.jsonl"),
+        *("unlink model.pth", "rmdir draft", "rename step_00000004", "rename step_00000006"),
+    }
+    return trace
+
+
+def test_kill_in_a_resume_at_one_operation_of_each_kind(
+    torn: Place, resume_trace: Trace, undisturbed: tuple[Trace, Final]
+) -> None:
+    first_save = next(i for i, operation in enumerate(resume_trace) if kind_of(*operation) == "mkdir draft")
+    cases = [i for i in sites(resume_trace) if i < first_save]
+    assert len(cases) > 15
+    assert failures(killed_then_finished(torn, undisturbed[1]), cases) == []
+
+
+@pytest.mark.slow
+def test_kill_at_every_operation_of_a_resume(
+    torn: Place, resume_trace: Trace, undisturbed: tuple[Trace, Final]
+) -> None:
+    assert failures(killed_then_finished(torn, undisturbed[1]), range(len(resume_trace))) == []
+
+
+# --- superseding -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hopeless(fast_dir: Path, interrupted: Place) -> Place:
+    """Every checkpoint is damaged: the next owner starts a fresh run of the same trial."""
+    place = interrupted.copy(fast_dir / "hopeless")
+    for step in (2, 4):
+        damage(place.root() / f"step_0000000{step}")
+    return place
+
+
+@pytest.fixture(scope="module")
+def supersede_trace(fast_dir: Path, hopeless: Place) -> Trace:
+    trace = traced(hopeless.copy(fast_dir / "hopeless-undisturbed"), fast_dir / "hopeless.trace")
+    assert names(trace) >= {
+        *("mkdir mini.r.00001", "rename run.json", "rename mini.r.00001.incomplete", "link result.json"),
+        *("unlink mini.r.00000.incomplete", "unlink mini.r.00001.incomplete", "rename step_00000006"),
+    }
+    return trace
+
+
+def superseding(trace: Trace) -> range:
+    """The operations up to the first of the fresh run's training."""
+    closed = next(i for i, operation in enumerate(trace) if kind_of(*operation) == "unlink mini.r.00000.incomplete")
+    return range(closed + 3)
+
+
+def test_kill_in_superseding_at_one_operation_of_each_kind(
+    hopeless: Place, supersede_trace: Trace, undisturbed: tuple[Trace, Final]
+) -> None:
+    phase = superseding(supersede_trace)
+    cases = [i for i in sites(supersede_trace[: phase.stop])]
+    assert len(cases) > 25
+    assert failures(killed_then_finished(hopeless, undisturbed[1]), cases[::2]) == []
+
+
+@pytest.mark.slow
+def test_kill_at_every_operation_of_superseding(
+    hopeless: Place, supersede_trace: Trace, undisturbed: tuple[Trace, Final]
+) -> None:
+    cases = superseding(supersede_trace)
+    assert len(cases) > 40
+    assert failures(killed_then_finished(hopeless, undisturbed[1]), cases) == []
+    assert failures(killed_then_finished(hopeless, undisturbed[1], second=2), cases[::3]) == []
+
+
+# --- adopting a result -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_kill_at_every_operation_of_adopting_a_result(
+    fast_dir: Path, fresh: Place, undisturbed: tuple[Trace, Final]
+) -> None:
+    trace, end = undisturbed
+    linked = next(i for i, operation in enumerate(trace) if kind_of(*operation) == "link result.json")
+    place = fresh.copy(fast_dir / "with-result")
+    assert was_killed(finish(place, probe=KillAt(linked + 1)))
+    adopting = traced(place.copy(fast_dir / "adopting"), fast_dir / "adopting.trace")
+    assert "unlink mini.r.00000.incomplete" in names(adopting)
+    assert "mkdir draft" not in names(adopting), "the result is adopted, nothing is trained again"
+    assert failures(killed_then_finished(place, end), range(len(adopting))) == []
