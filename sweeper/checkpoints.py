@@ -11,6 +11,8 @@ database takes it → pointer → prune.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -31,6 +33,8 @@ ALGORITHM = "blake3"
 MANIFEST = "MANIFEST.json"
 POINTER = "trainer_checkpoint.json"
 STAGES = "stage_status.json"
+_DRAFT = ".tmp-"
+_ASIDE = ".aside-"
 CONDEMNED = ".condemned"
 TRASH = ".trash"
 MAX_MANIFEST_BYTES = 4 << 20
@@ -114,11 +118,20 @@ def parse_manifest(data: bytes) -> Manifest:
             files={name: (entry["size_bytes"], entry["digest"]) for name, entry in raw["files"].items()},
             digest=raw["manifest_digest"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointRefused(f"{MANIFEST} is damaged", why=f"{type(error).__name__}: {error}") from error
+    if not _has_sound_values(manifest):
+        raise CheckpointRefused(f"{MANIFEST} is damaged", why="its values are not of their kinds")
     if manifest.to_bytes() != data:
         raise CheckpointRefused(f"{MANIFEST} is damaged", why="it does not agree with its own digest")
     return manifest
+
+
+def _has_sound_values(manifest: Manifest) -> bool:
+    numbers = [manifest.step, manifest.lease_epoch, manifest.world_size, *(size for size, _ in manifest.files.values())]
+    if manifest.parent_step is not None:
+        numbers.append(manifest.parent_step)
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 # --- writing -------------------------------------------------------------------------------
@@ -131,18 +144,27 @@ class DigestingFile:
         fsops.probe("create", path)
         self.path = path
         self.size_bytes = 0
+        self.refused: OSError | None = None
         self._hasher = blake3()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
     def write(self, data: bytes | memoryview) -> int:
         size = memoryview(data).nbytes
-        fsops.write_all(self._fd, data, self.path)
+        try:
+            fsops.write_all(self._fd, data, self.path)
+        except OSError as error:
+            self.refused = error
+            raise
         self._hasher.update(data)
         self.size_bytes += size
         return size
 
     def flush(self) -> None:
         """Nothing is buffered here; `close_durably` is what counts."""
+
+    def close(self) -> None:
+        """Close what will not be used."""
+        os.close(self._fd)
 
     def close_durably(self) -> str:
         """fsync, close, and return the digest of everything written."""
@@ -169,22 +191,34 @@ class Draft:
     files: dict[str, tuple[int, str]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.directory = self.root / f".tmp-{self.lease_epoch}-{secrets.token_hex(4)}"
+        self.directory = self.root / f"{_DRAFT}{self.lease_epoch}-{secrets.token_hex(4)}"
         fsops.make_dir(self.directory)
 
     def add(self, name: str, write: Callable[[DigestingFile], None]) -> None:
-        """Write one file through `write(file)`, durably."""
+        """Write one file through `write(file)`, durably.
+
+        Raises:
+            OSError: The disk refused. HAZARD: torch.save turns it into a RuntimeError about an
+                "unexpected pos" when it comes in the middle of an archive.
+        """
         file = DigestingFile(self.directory / name)
         try:
             write(file)
-        except BaseException:
-            os.close(file._fd)
+        except BaseException as error:
+            file.close()
+            if file.refused is not None:
+                raise file.refused from error
             raise
         self.files[name] = (file.size_bytes, file.close_durably())
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Write one small file."""
         self.add(name, lambda file: void(file.write(data)))
+
+    def discard(self) -> None:
+        """Give the space of a draft back that the disk refused; once committed, this does nothing."""
+        with contextlib.suppress(OSError):
+            fsops.remove_tree(self.directory)
 
     def seal(self) -> Manifest:
         """Write the manifest last and make the directory durable."""
@@ -242,10 +276,10 @@ def _rename_into_place(draft: Draft, target: Path) -> None:
     try:
         fsops.rename(draft.directory, target)
         return
-    except OSError:
-        if not target.is_dir() or target.is_symlink():
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    aside = draft.root / f".aside-{draft.lease_epoch}-{secrets.token_hex(4)}"
+    aside = draft.root / f"{_ASIDE}{draft.lease_epoch}-{secrets.token_hex(4)}"
     fsops.rename(target, aside)
     if _epoch_of(aside) > draft.lease_epoch:
         fsops.rename(aside, target)
@@ -253,7 +287,12 @@ def _rename_into_place(draft: Draft, target: Path) -> None:
             f"run {draft.run_id}: step {draft.step} was already written by a newer owner",
             why=f"this attempt has lease epoch {draft.lease_epoch}",
         )
-    fsops.rename(draft.directory, target)
+    try:
+        fsops.rename(draft.directory, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fsops.rename(aside, target)
+        raise
     _move_into(aside, draft.root / TRASH)
 
 
@@ -390,7 +429,10 @@ def _check_names(directory: Path, manifest: Manifest) -> None:
     bad = [name for name in manifest.files if not _FILE_NAME.match(name) or name == MANIFEST]
     if bad:
         raise CheckpointRefused(f"{MANIFEST} names the file {bad[0]!r}")
-    present = set(os.listdir(directory))
+    try:
+        present = set(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointRefused("it cannot be read", why=error.strerror or str(error)) from error
     expected = {MANIFEST, *manifest.files}
     if missing := sorted(expected - present):
         raise CheckpointRefused(f"{missing[0]} is missing")
@@ -553,26 +595,45 @@ def empty_trash(root: Path) -> None:
     """Unlink what was renamed into the trash."""
     trash = root / TRASH
     if trash.is_dir() and not trash.is_symlink():
-        for entry in list(os.scandir(trash)):
-            fsops.remove_tree(Path(entry.path))
+        for name in os.listdir(trash):
+            fsops.remove_tree(trash / name)
 
 
 def clean(root: Path, *, lease_epoch: int) -> None:
-    """Remove partial checkpoints and trash of attempts before `lease_epoch`."""
-    for entry in list(os.scandir(root)):
-        path = Path(entry.path)
-        if fsops.is_temporary(entry.name):
-            fsops.unlink(path, missing_ok=True)
-        elif (
-            entry.name.startswith((".tmp-", ".aside-"))
-            and entry.is_dir(follow_symlinks=False)
-            and _epoch_in(entry.name) < lease_epoch
-        ):
+    """Remove partial checkpoints and trash of attempts before `lease_epoch`.
+
+    A checkpoint that one of them had moved aside, and was killed, gets its name back: it may be
+    a newer owner's. A rename that one of them has still in mind fails, for its source is gone.
+    """
+    for path in _entries(root):
+        if fsops.is_temporary(path.name):
             fsops.remove_tree(path)
-    empty_trash(root)
+        elif path.name.startswith((_DRAFT, _ASIDE)) and _epoch_in(path.name) < lease_epoch:
+            if not (path.name.startswith(_ASIDE) and _put_back(root, path)):
+                fsops.remove_tree(path)
     if (root / TRASH).is_dir():
-        fsops.probe("rmdir", root / TRASH)
-        (root / TRASH).rmdir()
+        empty_trash(root)
+        fsops.remove_tree(root / TRASH)
+
+
+def _entries(root: Path) -> list[Path]:
+    try:
+        return [root / name for name in os.listdir(root)]
+    except FileNotFoundError:
+        return []
+
+
+def _put_back(root: Path, aside: Path) -> bool:
+    """Give a checkpoint that was moved aside its name back, unless it is taken or lost."""
+    try:
+        target = root / step_name(read_manifest(aside).step)
+    except CheckpointRefused:
+        return False
+    if target.exists() or target.is_symlink():
+        return False
+    fsops.rename(aside, target)
+    fsops.fsync_dir(root)
+    return True
 
 
 def _epoch_in(name: str) -> int:

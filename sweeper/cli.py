@@ -125,12 +125,17 @@ def _dispatch(arguments: list[str]) -> int:
     return run(options)
 
 
+def verbs() -> list[str]:
+    """Every verb there is."""
+    return ["launch", *_VERBS]
+
+
 def _top_parser() -> Parser:
-    verbs = {"launch": _LAUNCH_HELP, **{verb: help_text for verb, (help_text, _, _) in _VERBS.items()}}
+    help_of = {"launch": _LAUNCH_HELP, **{verb: help_text for verb, (help_text, _, _) in _VERBS.items()}}
     parser = Parser(
         prog="sweeper",
         description="Hyperparameter sweeps that survive anything.",
-        epilog="commands:\n" + "\n".join(f"  {verb:<9} {text}" for verb, text in verbs.items()),
+        epilog="commands:\n" + "\n".join(f"  {verb:<9} {text}" for verb, text in help_of.items()),
     )
     _add_globals(parser)
     parser.add_argument("--version", action="version", version=f"sweeper {__version__}")
@@ -178,11 +183,11 @@ def _default_storage(data_dir: str) -> str:
 def _unknown(verb: str) -> NoReturn:
     from difflib import get_close_matches
 
-    verbs = ["launch", *_VERBS]
-    near = get_close_matches(verb, verbs, n=2)
+    known = verbs()
+    near = get_close_matches(verb, known, n=2)
     raise UsageError(
         f"there is no command {verb!r}",
-        do=f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(verbs)}.",
+        do=f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}.",
     )
 
 

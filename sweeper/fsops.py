@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,13 +88,14 @@ def create(path: Path, data: bytes) -> None:
     Source: link(2) fails with EEXIST and is atomic, on NFS too.
     """
     temporary = temporary_name(path)
-    write_new(temporary, data)
     try:
-        probe("link", path)
-        os.link(temporary, path)
-    finally:
-        probe("unlink", temporary)
-        os.unlink(temporary)
+        write_new(temporary, data)
+        link(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    unlink(temporary, missing_ok=True)
     fsync_dir(path.parent)
 
 
@@ -113,6 +115,12 @@ def rename(source: Path, target: Path) -> None:
     os.rename(source, target)
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, atomically; FileExistsError if the name is taken."""
+    probe("link", target)
+    os.link(source, target)
+
+
 def unlink(path: Path, *, missing_ok: bool = False) -> None:
     """Remove one file. Durable after `fsync_dir` of its parent."""
     probe("unlink", path)
@@ -120,15 +128,20 @@ def unlink(path: Path, *, missing_ok: bool = False) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all below it, never following a symbolic link."""
-    for entry in list(os.scandir(path)):
-        child = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(child)
-        else:
-            unlink(child, missing_ok=True)
-    probe("rmdir", path)
-    os.rmdir(path)
+    """Remove what is at `path`, and all below it if that is a directory; never follows a link.
+
+    Nothing there is no error: two processes may tidy the same place.
+    """
+    try:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            unlink(path, missing_ok=True)
+            return
+        for name in os.listdir(path):
+            remove_tree(path / name)
+        probe("rmdir", path)
+        os.rmdir(path)
+    except FileNotFoundError:
+        pass
 
 
 def copy_prefix(source: Path, target: Path, size_bytes: int) -> None:

@@ -6,6 +6,7 @@ does it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ from sweeper.states import Outcome, State
 
 FREE_LOSSES = 3
 MAX_BACK_OFF_S = 30.0
+MAX_FLOAT = sys.float_info.max
 
 
 class Action(StrEnum):
@@ -54,7 +56,7 @@ def on_claim(*, claimed_epoch: int, result: Mapping[str, Any] | None, mode: str,
         is_new: The run was drawn just now.
     """
     if result is not None:
-        state = _final_state(result)
+        state = final_state(result)
         if state is not None and result.get("lease_epoch") == claimed_epoch - 1:
             return Decision(Action.ADOPT, f"its last owner had written the result ({state})", state=state)
     if mode == "never" and not is_new:
@@ -62,12 +64,19 @@ def on_claim(*, claimed_epoch: int, result: Mapping[str, Any] | None, mode: str,
     return Decision(Action.TRAIN, "new" if is_new else "incomplete")
 
 
-def _final_state(result: Mapping[str, Any]) -> State | None:
+def final_state(result: Mapping[str, Any]) -> State | None:
+    """The final state that a result.json tells of; None when it tells of none, or contradicts itself."""
     try:
         state = State(str(result.get("state")))
     except ValueError:
         return None
-    return state if state.is_final and state is not State.SUPERSEDED else None
+    if not state.is_final or state is State.SUPERSEDED:
+        return None
+    value: Any = result.get("value")
+    if type(value) in (int, float) and abs(value) <= MAX_FLOAT:
+        return state
+    # A pruned training may have reported nothing yet, or NaN.
+    return state if state is not State.COMPLETED and (value is None or type(value) is float) else None
 
 
 def after(ending: Ending, *, count: int, retry: Mapping[str, Any], on_invalid: str) -> Decision:
@@ -102,7 +111,8 @@ def after(ending: Ending, *, count: int, retry: Mapping[str, Any], on_invalid: s
 
 def back_off_s(count: int) -> float:
     """Seconds before loss number `count` may be tried again: none for three, then 1, 2, 4, … 30."""
-    return 0.0 if count <= FREE_LOSSES else min(MAX_BACK_OFF_S, 2.0 ** (count - FREE_LOSSES - 1))
+    doublings = min(count - FREE_LOSSES - 1, 10)
+    return 0.0 if count <= FREE_LOSSES else min(MAX_BACK_OFF_S, 2.0**doublings)
 
 
 def signal_outcome(signal_number: int, *, was_oom_killed: bool) -> Outcome:

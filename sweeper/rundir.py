@@ -6,6 +6,7 @@ a symbolic link, never executed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import fsops
-from sweeper.errors import ConfigError, SweeperError
+from sweeper.errors import ConfigError, Fenced, SweeperError
 from sweeper.records import Params, ParamValue, ProcessId
 
 SCHEMA_VERSION = 1
@@ -165,22 +166,20 @@ def _are_params(params: object) -> bool:
 
 
 def create(run_dir: Path, identity: Identity, *, config: bytes, overrides: bytes) -> None:
-    """Create the run directory with its immutable files, durably; existing files are kept.
+    """Create the run directory with its immutable files, durably; a whole one is kept as it is.
 
-    Safe to repeat after a crash at any point: what is there is not written again. The parent
-    directories are created as needed.
+    Safe to repeat after a crash at any point. The parent directories are created as needed.
     """
     make_parents(run_dir)
     fsops.make_dir(run_dir, exist_ok=True)
     for name in (CHECKPOINTS_DIR, LOGS_DIR):
         fsops.make_dir(run_dir / name, exist_ok=True)
-    for name, data in (
-        (CONFIG_FILE, config),
-        (OVERRIDES_FILE, overrides),
-        (RUN_FILE, to_json(asdict(identity))),  # last: a directory with run.json is whole
-    ):
-        if not (run_dir / name).exists():
-            fsops.replace(run_dir / name, data)
+    if not (run_dir / RUN_FILE).exists():
+        fsops.replace(run_dir / CONFIG_FILE, config)
+        fsops.replace(run_dir / OVERRIDES_FILE, overrides)
+        # Last: a directory with run.json is whole. Without it, what a crash left of the other two
+        # may be of another launch's configuration, whose digest is not the one in this identity.
+        fsops.replace(run_dir / RUN_FILE, to_json(asdict(identity)))
     fsops.fsync_dir(run_dir.parent)
 
 
@@ -277,7 +276,11 @@ def remove_marker(run_dir: Path) -> None:
 def write_result(
     run_dir: Path, *, lease_epoch: int, state: str, value: float | None, reason: str, **more: Any
 ) -> None:
-    """Write result.json once; whatever another epoch left at its place is moved aside."""
+    """Write result.json once; what an older epoch left at its place is moved aside.
+
+    Raises:
+        Fenced: A newer owner's result is there, and stays.
+    """
     path = run_dir / RESULT_FILE
     data = to_json(
         {
@@ -292,15 +295,30 @@ def write_result(
     try:
         fsops.create(path, data)
     except FileExistsError:
-        move_result_aside(run_dir)
+        move_result_aside(run_dir, lease_epoch=lease_epoch)
         fsops.create(path, data)
 
 
-def move_result_aside(run_dir: Path) -> Path:
-    """Rename a result that does not count; it is kept for people to read."""
+def move_result_aside(run_dir: Path, *, lease_epoch: int) -> Path:
+    """Rename a result that does not count; it is kept for people to read.
+
+    It is looked at only when it has been moved: between a look and a move another owner could
+    have put a newer one there.
+
+    Raises:
+        Fenced: It is of a newer epoch than `lease_epoch`; it was put back.
+    """
     path = run_dir / RESULT_FILE
     aside = path.with_name(f"result.aside.{os.urandom(4).hex()}.json")
     fsops.rename(path, aside)
+    if _epoch_of(aside) > lease_epoch:
+        with contextlib.suppress(FileExistsError):
+            fsops.link(aside, path)
+        fsops.unlink(aside, missing_ok=True)
+        fsops.fsync_dir(run_dir)
+        raise Fenced(
+            f"run {run_dir.name} has the result of a newer owner", why=f"this attempt has lease epoch {lease_epoch}"
+        )
     fsops.fsync_dir(run_dir)
     return aside
 
@@ -338,6 +356,13 @@ def largest_epoch(run_dir: Path) -> int:
     return max(epochs)
 
 
+def _epoch_of(path: Path) -> int:
+    try:
+        return _epoch(read_json(path))
+    except (FileNotFoundError, Damaged):
+        return 0
+
+
 def _epoch(data: dict[str, Any]) -> int:
     value = data.get("lease_epoch")
     return value if isinstance(value, int) and 0 <= value < 2**53 else 0
@@ -365,4 +390,4 @@ def clean(run_dir: Path) -> None:
     """Remove what crashes left behind: temporary files. Only the owner of the run may do this."""
     for entry in _entries(run_dir):
         if fsops.is_temporary(entry.name):
-            fsops.unlink(Path(entry.path), missing_ok=True)
+            fsops.remove_tree(Path(entry.path))

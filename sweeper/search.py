@@ -7,12 +7,13 @@ and it sees trials that are still running as nothing (`constant_liar` is off in 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from hashlib import sha256
@@ -27,6 +28,7 @@ from optuna.distributions import (
     distribution_to_json,
     json_to_distribution,
 )
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -61,6 +63,8 @@ def make(config: Mapping[str, Any], *, kind: str, **more: Any) -> Any:
         base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner
         if not (inspect.isclass(factory) and issubclass(factory, base)):
             raise TypeError(f"{target} is not an Optuna {kind}")
+        if factory is optuna.samplers.QMCSampler:
+            raise TypeError("it counts its points in the study's attributes, which workers do not share here")
         taken = inspect.signature(factory).parameters
         arguments = {key: _build(value, kind) for key, value in config.items() if key != "_target_"}
         return factory(**arguments, **{key: value for key, value in more.items() if key in taken})
@@ -137,7 +141,10 @@ def distribution_of(key: str, text: str) -> str:
         sweep = override.value()
         if not override.is_sweep_override():
             raise ValueError("it is one fixed value; set it as an override instead")
+        if unknown := set(getattr(sweep, "tags", ())) - {"log", "int"}:
+            raise ValueError(f"there is no tag {min(unknown)!r}, only log and int")
         if isinstance(sweep, ChoiceSweep):
+            sweep.shuffle = False  # the order of choices must be the same in every launch
             made: BaseDistribution = _choices(list(override.sweep_iterator()))
         elif isinstance(sweep, IntervalSweep):
             made = _interval(sweep.start, sweep.end, tags=set(sweep.tags))
@@ -145,7 +152,7 @@ def distribution_of(key: str, text: str) -> str:
             made = _range(sweep.start, sweep.stop, sweep.step, log="log" in sweep.tags)
         else:
             raise ValueError("it is neither choice(), range() nor interval()")
-    except (HydraException, ValueError, TypeError) as error:
+    except (HydraException, ValueError, TypeError, ArithmeticError) as error:
         raise ConfigError(
             f"sweep.params: {key}: {text!r} is not a search space",
             why=str(error).splitlines()[0],
@@ -160,20 +167,26 @@ def _choices(values: list[Any]) -> CategoricalDistribution:
     plain = [value.text if isinstance(value, QuotedString) else value for value in values]
     if not plain or not all(isinstance(value, str | int | float | bool) for value in plain):
         raise ValueError("choices must be texts, numbers or booleans")
+    if len(set(plain)) != len(plain):
+        raise ValueError("two of its choices are equal")
     return CategoricalDistribution(plain)
 
 
 def _interval(start: Any, end: Any, *, tags: set[str]) -> BaseDistribution:
-    if "int" in tags or (isinstance(start, int) and isinstance(end, int) and "int" in tags):
-        return IntDistribution(int(start), int(end), log="log" in tags)
-    return FloatDistribution(float(start), float(end), log="log" in tags)
+    if not math.isfinite(end - start):
+        raise ValueError("its ends must be finite numbers")
+    if "int" not in tags and not (isinstance(start, int) and isinstance(end, int)):
+        return FloatDistribution(float(start), float(end), log="log" in tags)
+    if int(start) != start or int(end) != end:
+        raise ValueError("the ends of an interval of whole numbers must be whole numbers")
+    return IntDistribution(int(start), int(end), log="log" in tags)
 
 
 def _range(start: Any, stop: Any, step: Any, *, log: bool) -> BaseDistribution:
     if all(isinstance(value, int) for value in (start, stop, step)):
         return IntDistribution(start, start + (stop - 1 - start) // step * step, log=log, step=step)
     count = math.ceil((stop - start) / step - 1e-9)
-    return FloatDistribution(float(start), float(start + (count - 1) * step), step=float(step))
+    return FloatDistribution(float(start), float(start + (count - 1) * step), log=log, step=float(step))
 
 
 # --- proposing and judging -----------------------------------------------------------------
@@ -236,22 +249,32 @@ class Search:
         if not isinstance(sampler, optuna.samplers.RandomSampler):
             self._refresh()
         trial = _frozen_new(number)
-        study, space = self._study(), self._space
-        self._view.written.clear()
-        sampler.before_trial(study, trial)
-        open_space = {name: d for name, d in space.items() if name not in fixed and not d.single()}
-        relative = sampler.sample_relative(study, trial, open_space) if open_space else {}
-        params: Params = {}
-        for name, distribution in space.items():
-            if name in fixed:
-                params[name] = fixed[name]
-            elif distribution.single():
-                params[name] = _only(distribution)
-            elif name in relative:
-                params[name] = relative[name]
-            else:
-                params[name] = sampler.sample_independent(study, trial, name, distribution)
-        return params, dict(self._view.written)
+        study = self._study()
+        with self._view.asking(trial):
+            sampler.before_trial(study, trial)
+            relative = sampler.sample_relative(study, trial, self._relative_space(sampler, study, trial, fixed))
+            for name, distribution in self._space.items():
+                if name in fixed:
+                    value = fixed[name]
+                elif distribution.single():
+                    value = _only(distribution)
+                elif name in relative:
+                    value = relative[name]
+                else:
+                    value = sampler.sample_independent(study, trial, name, distribution)
+                trial.params[name], trial.distributions[name] = value, distribution
+        return trial.params, dict(self._view.written)
+
+    def _relative_space(
+        self, sampler: BaseSampler, study: optuna.Study, trial: FrozenTrial, fixed: Params
+    ) -> dict[str, BaseDistribution]:
+        """The parameters that the sampler draws together."""
+        space = {name: d for name, d in self._space.items() if name not in fixed and not d.single()}
+        draws_all = type(sampler) is TPESampler and sampler._is_multivariate(study) and not sampler._group
+        if draws_all or not space:
+            return space  # as TPE would find, after a look at every trial (170 ms at 10,000)
+        inferred = sampler.infer_relative_search_space(study, trial)
+        return {name: distribution for name, distribution in inferred.items() if name in space}
 
     def judge(self, run: Run, *, step: int, value: float) -> tuple[bool, dict[str, Any]]:
         """Whether the pruner would stop this run at `step`, and what it wants remembered.
@@ -292,9 +315,23 @@ class _View(InMemoryStorage):
         self.trials: list[FrozenTrial] = []
         self.unfinished: set[int] = set()
         self.written: dict[str, Any] = {}
+        self._asked: FrozenTrial | None = None
+
+    @contextlib.contextmanager
+    def asking(self, trial: FrozenTrial) -> Iterator[None]:
+        """`trial` is in the study while a sampler is asked about it, as it is with Optuna's own ask."""
+        self._asked = trial
+        self.written.clear()
+        try:
+            yield
+        finally:
+            self._asked = None
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        return [trial for trial in self.trials if states is None or trial.state in states]
+        trials, asked = self.trials, self._asked
+        if asked is not None:
+            trials = [*trials[: asked.number], asked, *trials[asked.number + 1 :]]
+        return [trial for trial in trials if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         return next(trial for trial in self.trials if trial._trial_id == trial_id)

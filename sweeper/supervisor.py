@@ -30,8 +30,9 @@ from sweeper.states import Outcome
 from sweeper.store import Store
 from sweeper.trainer.run import Spec
 
+DEATH = "death"
 LAST_LINES = 20
-HELLO_WAIT_S = 120.0
+HELLO_WAIT_S = 300.0
 _MAX_TAIL_BYTES = 64 << 10
 
 
@@ -150,6 +151,7 @@ class Attempt:
     heard_at_s: float = field(default_factory=clock.awake_s)
     kill_reason: Ending | None = None
     exit_status: int | None = None
+    death_fd: int | None = None
     on_start: Callable[[], None] = lambda: None
 
 
@@ -218,17 +220,24 @@ class Supervisor:
                 for key, _ in ready:
                     if key.fileobj is not attempt.channel:
                         selector.unregister(key.fileobj)  # it woke us once; stop_reason() knows why
+                is_dead = any(key.data == DEATH for key, _ in ready)
                 now = clock.awake_s()
                 if now >= next_beat_s:
                     renewed_boot_s = self._beat(lease, attempt, renewed_boot_s)
                     next_beat_s = now + self._times.heartbeat_s
-                if attempt.kill_reason is None and any(key.fileobj is attempt.channel for key, _ in ready):
-                    for message in attempt.channel.receive():
-                        self._hear(message, run, lease, attempt)
-                    if attempt.channel.is_closed:
-                        break
+                self._listen(run, lease, attempt)
+                if is_dead:  # whatever else may hold its end of the channel open
+                    break
+                if attempt.pid is not None and attempt.death_fd is None:
+                    attempt.death_fd = _death_fd(attempt.pid)
+                    selector.register(attempt.death_fd, selectors.EVENT_READ, DEATH)
                 self._tick()
                 stop_at_s = self._check_times(attempt, started, stop_at_s)
+
+    def _listen(self, run: Run, lease: Lease, attempt: Attempt) -> None:
+        for message in attempt.channel.receive():
+            if attempt.kill_reason is None:
+                self._hear(message, run, lease, attempt)
 
     def _is_over(self, attempt: Attempt) -> bool:
         return attempt.channel.is_closed or attempt.kill_reason is not None
@@ -354,6 +363,8 @@ class Supervisor:
             attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
         processes.kill_leftovers(trainers, attempt_tag=tag)
         attempt.channel.close()
+        if attempt.death_fd is not None:
+            os.close(attempt.death_fd)
         self.reap()
 
     def _wait(self, pid: int, *, wait_s: float) -> int | None:
@@ -432,6 +443,11 @@ def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> E
     return Ending(
         Outcome.CRASHED, f"the trainer exited with code {code} without returning a value", detail=detail
     )
+
+
+def _death_fd(pid: int) -> int:
+    """A descriptor that becomes readable when our child `pid` ends. Source: pidfd_open(2)."""
+    return os.pidfd_open(pid)
 
 
 def last_lines(path: Path) -> str:

@@ -187,7 +187,7 @@ class Worker:
             log(f"[LEASE] {run.run_id}: taken over, {claim.reason}{ended}")
         lease = self._raise_epoch(claim, run_dir)
         identity = self._identity(run, run_dir)
-        decision = self._on_claim(claim, run_dir)
+        decision = self._on_claim(claim, lease, run_dir)
         rundir.write_marker(
             run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now()
         )
@@ -234,7 +234,7 @@ class Worker:
         rundir.create(run_dir, identity, config=config, overrides=rundir.overrides_yaml(run.params))
         return identity
 
-    def _on_claim(self, claim: Claim, run_dir: Path) -> Decision:
+    def _on_claim(self, claim: Claim, lease: Lease, run_dir: Path) -> Decision:
         try:
             result = rundir.read_result(run_dir)
         except Damaged as error:
@@ -247,7 +247,7 @@ class Worker:
             is_new=claim.is_new,
         )
         if result is not None and decision.action is not Action.ADOPT:
-            rundir.move_result_aside(run_dir)
+            rundir.move_result_aside(run_dir, lease_epoch=lease.lease_epoch)
         if not claim.is_new:
             step = claim.run.checkpoint_step
             log(
@@ -310,8 +310,8 @@ class Worker:
         assert decision.state is not None
         ending = Ending(_outcome_of(decision.state), str(result.get("reason", "")), value=result.get("value"))
         log(f"[RESUME] {run.run_id}: {decision.reason}; adopted")
-        self._store.settle(lease, decision.state, ending)
-        rundir.remove_marker(run_dir)
+        tidy(run_dir, lease)
+        close(self._store, lease, run_dir, decision.state, ending)
 
     def _supersede(self, run: Run, lease: Lease, run_dir: Path, ending: Ending) -> None:
         claim = supersede(
@@ -348,18 +348,28 @@ class Worker:
 
 def settle(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
     """Make a run's final state durable: result.json → database → marker, in this order."""
-    root = run_dir / rundir.CHECKPOINTS_DIR
     store.check(lease)
-    rundir.clean(run_dir)
-    checkpoints.clean(root, lease_epoch=lease.lease_epoch + 1)
-    steps = checkpoints.steps_on_disk(root)
-    checkpoints.write_stages(root, stage="train", state=str(state), step=steps[0][0] if steps else 0)
+    tidy(run_dir, lease)
     rundir.write_result(
         run_dir, lease_epoch=lease.lease_epoch, state=str(state), value=ending.value,
         reason=ending.reason, outcome=str(ending.outcome), finished_at=_now(),
     )  # fmt: skip
+    close(store, lease, run_dir, state, ending)
+
+
+def close(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
+    """The rest of `settle`, once result.json is durable; also of one that a crash cut short."""
+    root = run_dir / rundir.CHECKPOINTS_DIR
+    steps = checkpoints.steps_on_disk(root)
+    checkpoints.write_stages(root, stage="train", state=str(state), step=steps[0][0] if steps else 0)
     store.settle(lease, state, ending)
     rundir.remove_marker(run_dir)
+
+
+def tidy(run_dir: Path, lease: Lease) -> None:
+    """Remove what attempts up to this one left unfinished: temporary files, partial checkpoints, trash."""
+    rundir.clean(run_dir)
+    checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch + 1)
 
 
 def supersede(
@@ -383,13 +393,13 @@ def supersede(
     create(fresh, fresh_dir)
     rundir.write_marker(fresh_dir, attempt=1, lease_epoch=fresh.lease_epoch, owner=owner, started_at=_now())
     claim = store.supersede(lease, ending, fresh, owner=owner, worker=worker)
-    close_superseded(
-        data_dir / run.path, lease_epoch=lease.lease_epoch, by=fresh.run_id, reason=ending.reason
-    )
+    run_dir = data_dir / run.path
+    tidy(run_dir, lease)
+    close_superseded(run_dir, lease_epoch=lease.lease_epoch, by=fresh.run_id, reason=ending.reason)
     return claim
 
 
-def close_superseded(run_dir: Path, *, lease_epoch: int, by: str, reason: str) -> None:
+def close_superseded(run_dir: Path, *, lease_epoch: int, by: str | None, reason: str) -> None:
     """Result and marker of a superseded run, once the database knows."""
     rundir.write_result(
         run_dir, lease_epoch=lease_epoch, state=str(State.SUPERSEDED), value=None, reason=reason, by=by
@@ -433,12 +443,13 @@ def tidy_final(store: Store, sweep: Sweep, data_dir: Path) -> None:
         run_dir = data_dir / run.path
         if not rundir.marker_path(run_dir).exists():
             continue
-        if run.state is State.SUPERSEDED and not (run_dir / rundir.RESULT_FILE).exists():
-            rundir.write_result(
-                run_dir, lease_epoch=run.lease_epoch, state=str(run.state), value=None, reason="superseded"
-            )
         log(f"[RESUME] {run.run_id} is {run.state}; its marker had outlived it and is removed")
-        rundir.remove_marker(run_dir)
+        tidy(run_dir, Lease(run.run_id, run.lease_epoch, ""))
+        if run.state is State.SUPERSEDED and not (run_dir / rundir.RESULT_FILE).exists():
+            by = next((other.run_id for other in store.runs(sweep.sweep_id) if other.replaces == run.run_id), None)
+            close_superseded(run_dir, lease_epoch=run.lease_epoch, by=by, reason="superseded")
+        else:
+            rundir.remove_marker(run_dir)
 
 
 def _outcome_of(state: State) -> Outcome:

@@ -38,6 +38,12 @@ def main(argv: list[str]) -> int:
             "launch is the sweep already, --multirun is not for it",
             do="Put the values into sweep.params (e.g. '+sweep.params={trainer.lr: \"choice(0.1,0.01)\"}' with sampler=grid) and drop --multirun.",
         )
+    if (shell := _shell_to_complete(rest)) is not None:
+        from sweeper.cli import verbs
+        from sweeper.launch.completion import script
+
+        print(script(shell, verbs()), end="")
+        return EXIT_OK
     cfg = compose(rest)
     if cfg is None:
         return EXIT_OK
@@ -60,6 +66,12 @@ def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
         else:
             rest.append(argument)
     return flags, rest
+
+
+def _shell_to_complete(argv: list[str]) -> str | None:
+    """The shell of `-sc install=SHELL`; Hydra's own script knows nothing of verbs."""
+    asks = {"-sc", "--shell-completion"} & set(argv)
+    return next((a.removeprefix("install=") for a in argv if asks and a.startswith("install=")), None)
 
 
 def compose(argv: list[str]) -> Any:

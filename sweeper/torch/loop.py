@@ -174,12 +174,16 @@ class Loop:
         run = self._run
         offset = run.metrics.sync()
         draft = run.draft(self.step)
-        draft.add(MODEL_FILE, saves(self._model.state_dict()))
-        draft.add(OPTIMIZER_FILE, saves({name: part.state_dict() for name, part in self._parts.items()}))
-        draft.add(RNG_FILE, saves(rng_state()))
-        draft.add_bytes(STATE_FILE, json.dumps(self._counters(offset), indent=2, sort_keys=True).encode())
-        run.metrics.ensure_in_place()
-        run.commit(draft)
+        try:
+            draft.add(MODEL_FILE, saves(self._model.state_dict()))
+            draft.add(OPTIMIZER_FILE, saves({name: part.state_dict() for name, part in self._parts.items()}))
+            draft.add(RNG_FILE, saves(rng_state()))
+            draft.add_bytes(STATE_FILE, json.dumps(self._counters(offset), indent=2, sort_keys=True).encode())
+            run.metrics.ensure_in_place()
+            run.commit(draft)
+        except OSError:
+            draft.discard()
+            raise
 
     def _counters(self, metrics_offset: int) -> dict[str, Any]:
         return {

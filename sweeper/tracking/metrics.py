@@ -38,6 +38,9 @@ class MetricsLog:
     Args:
         path: The log, `<run_dir>/metrics.jsonl`; it need not exist.
         offset: Bytes to keep, as recorded in the checkpoint; 0 starts an empty log.
+        check_lease: Called each time a new file is about to take the path, when it is durable
+            under a temporary name; raises Fenced. A new owner removes temporary files, so an
+            owner that was stopped just after this check finds nothing left to rename.
 
     Attributes:
         path: As given.
@@ -48,8 +51,9 @@ class MetricsLog:
         OSError: The disk refused; the file that was there is still there.
     """
 
-    def __init__(self, path: Path, *, offset: int = 0) -> None:
+    def __init__(self, path: Path, *, offset: int = 0, check_lease: Callable[[], None] = lambda: None) -> None:
         self.path = path
+        self._check_lease = check_lease
         self.warning = ""
         self._is_suspect = False
         found = _open_regular(path)
@@ -59,7 +63,7 @@ class MetricsLog:
         finally:
             if found is not None:
                 os.close(found)
-        self._size_bytes = keep_bytes
+        self._size_bytes = self._durable_bytes = keep_bytes
 
     def __enter__(self) -> Self:
         return self
@@ -102,21 +106,24 @@ class MetricsLog:
         """
         if self._is_suspect:
             self._put_back()
-        else:
+        elif self._durable_bytes != self._size_bytes:
             try:
                 fsops.fsync_file(self._fd, self.path)
             except OSError:
                 self._is_suspect = True  # the same file must never be fsynced again
                 raise
+            self._durable_bytes = self._size_bytes
         return self._size_bytes
 
     def ensure_in_place(self) -> bool:
         """Put this log's own content back if the file at the path is another one.
 
-        HAZARD: for the owner only, before a commit; a fenced trainer must not call it.
-
         Returns:
             True if something else was at the path.
+
+        Raises:
+            Fenced: It is a newer owner's; nothing was changed.
+            OSError: The disk refused.
         """
         mine = os.fstat(self._fd)
         try:
@@ -157,12 +164,13 @@ class MetricsLog:
                 fsops.copy_prefix(Path(f"/proc/self/fd/{source}"), temporary, size_bytes)
             fd = os.open(temporary, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
             try:
+                self._check_lease()
                 fsops.rename(temporary, self.path)
                 fsops.fsync_dir(self.path.parent)
-            except OSError:
+            except BaseException:
                 os.close(fd)
                 raise
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
@@ -171,6 +179,7 @@ class MetricsLog:
     def _put_back(self) -> None:
         old = self._fd
         self._fd = self._put(old, self._size_bytes)
+        self._durable_bytes = self._size_bytes
         self._is_suspect = False
         os.close(old)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, processes, rundir
-from sweeper.channel import Channel, ChannelClosed, WorkerLink
+from sweeper.channel import Channel, ChannelClosed, Message, WorkerLink
 from sweeper.errors import EXIT_FENCED, EXIT_RELEASED, CheckpointError, ConfigError, Fenced
 from sweeper.trainer.run import (
     NoValidCheckpoint,
@@ -61,12 +61,8 @@ def train_and_tell(spec: Spec, link: WorkerLink) -> int:
     """Run the training function and tell the worker the outcome."""
     run = Run(spec, link)
     try:
-        function, cfg = load_training(spec)
-        run.config = cfg
-        prepare_process(spec)
-        value = checked_value(function(cfg.trainer, run))
-    except TrialPruned as stop:
-        link.tell("pruned", value=run.last_value, reason=str(stop))
+        verdict = _train(run)
+        run.keep_metrics()
     except Preempted as stop:
         link.tell("preempted", reason=str(stop))
         return EXIT_RELEASED
@@ -80,16 +76,28 @@ def train_and_tell(spec: Spec, link: WorkerLink) -> int:
     except ChannelClosed:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a user's code raises is an outcome
-        return _tell_error(error, run, link)
+        return _tell_error(error, link)
     else:
-        link.tell("result", value=value)
+        link.tell(verdict.pop("kind"), **verdict)
     return 0
 
 
-def _tell_error(error: BaseException, run: Run, link: WorkerLink) -> int:
-    if type(error).__module__.startswith("optuna") and type(error).__name__ == "TrialPruned":
-        link.tell("pruned", value=run.last_value, reason=str(error) or "the training raised TrialPruned")
-        return 0
+def _train(run: Run) -> Message:
+    """What to tell of a training that came to its end: its value, or that it was pruned."""
+    function, run.config = load_training(run.spec)
+    prepare_process(run.spec)
+    try:
+        return {"kind": "result", "value": checked_value(function(run.config.trainer, run))}
+    except TrialPruned as stop:
+        return {"kind": "pruned", "value": run.last_value, "reason": str(stop)}
+    except Exception as error:
+        if type(error).__module__.startswith("optuna") and type(error).__name__ == "TrialPruned":
+            reason = str(error) or "the training raised TrialPruned"
+            return {"kind": "pruned", "value": run.last_value, "reason": reason}
+        raise
+
+
+def _tell_error(error: BaseException, link: WorkerLink) -> int:
     text = traceback.format_exc()
     print(text, file=sys.stderr, flush=True)
     reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"

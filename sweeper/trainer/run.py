@@ -101,8 +101,13 @@ class Run:
         return self._metrics
 
     def open_metrics(self, offset: int) -> None:
-        """Cut the metrics log to what the checkpoint knows of, in a new file."""
-        self._metrics = MetricsLog(self.directory / rundir.METRICS_FILE, offset=offset)
+        """Cut the metrics log to what the checkpoint knows of, in a new file.
+
+        Raises:
+            Fenced: The run belongs to somebody else, and so does its log.
+        """
+        path = self.directory / rundir.METRICS_FILE
+        self._metrics = MetricsLog(path, offset=offset, check_lease=self._check_lease)
         if self._metrics.warning:
             print(f"[RESUME] {self.run_id}: {self._metrics.warning}", flush=True)
 
@@ -123,6 +128,20 @@ class Run:
             answer = self._link.ask("report", step=step, value=self.last_value)
             if answer["prune"]:
                 raise TrialPruned(f"stopped by the pruner at step {step}")
+
+    def keep_metrics(self) -> None:
+        """Make the rows since the last checkpoint durable, in the file that is read.
+
+        Raises:
+            Fenced: The run belongs to somebody else.
+            OSError: The disk refused.
+        """
+        if self._metrics is not None:
+            self._metrics.sync()
+            self._metrics.ensure_in_place()
+
+    def _check_lease(self) -> None:
+        self._link.ask("lease")
 
     # --- the course of an attempt ----------------------------------------------------------
 
@@ -219,11 +238,17 @@ class Run:
         """
         checkpoints.commit(
             draft,
-            check_lease=lambda: checkpoints.void(self._link.ask("lease")),
+            check_lease=self._check_lease,
             record=lambda manifest: checkpoints.void(self._link.ask("committed", step=manifest.step)),
             committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self._known_good.add(draft.step)
+        try:
+            self._prune()
+        except OSError as error:
+            self.complain(f"older checkpoints could not be removed: {error}")
+
+    def _prune(self) -> None:
         checkpoints.prune(
             self.checkpoints_dir,
             run_id=self.run_id,

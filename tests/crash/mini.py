@@ -334,7 +334,9 @@ class StopAt:
     def __call__(self, operation: str, path: Path) -> None:
         self.count += 1
         if self.count == self.at + 1:
+            signal.alarm(0)  # its time stands still as well
             os.kill(os.getpid(), signal.SIGSTOP)
+            signal.alarm(CASE_LIMIT_S)
 
 
 @dataclass(slots=True)

@@ -117,10 +117,8 @@ def test_elsewhere_nothing_is_proof_and_only_a_still_heartbeat_ends_a_lease(
 
 
 def test_a_process_that_cannot_be_read_is_not_proved_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alive, "_read", lambda path: "" if path.startswith("/proc/1/") else boot)
-    boot = alive.boot_id()
-    hidden = replace(processes.identify(), pid=1, boot_id=boot)
-    monkeypatch.setattr(alive, "pid_namespace", lambda: hidden.pid_namespace)
+    hidden, real = replace(processes.identify(), pid=1), alive._read
+    monkeypatch.setattr(alive, "_read", lambda path: "" if path.startswith("/proc/1/") else real(path))
     assert alive.proof_of_death(hidden) is None
 
 

@@ -109,13 +109,19 @@ def test_a_result_without_a_final_state_does_not_count(state: object) -> None:
     assert claim({"state": state, "lease_epoch": 4, "value": 0.5}).action is Action.TRAIN
 
 
-@pytest.mark.parametrize("value", [None, "0.5", float("nan"), True, [0.5]])
+@pytest.mark.parametrize("value", [None, "0.5", float("nan"), float("inf"), 10**400, True, [0.5]])
 def test_a_completed_result_without_a_number_does_not_count(value: object) -> None:
     assert claim({"state": "completed", "lease_epoch": 4, "value": value}).action is Action.TRAIN
 
 
-def test_a_pruned_result_may_be_without_a_value() -> None:
-    assert claim({"state": "pruned", "lease_epoch": 4, "value": None}).action is Action.ADOPT
+@pytest.mark.parametrize("value", [None, 0.5, 1, float("nan"), float("inf")])
+def test_a_pruned_result_may_be_without_a_value(value: object) -> None:
+    assert claim({"state": "pruned", "lease_epoch": 4, "value": value}).action is Action.ADOPT
+
+
+@pytest.mark.parametrize("value", ["0.5", 10**400, {}])
+def test_a_result_of_nonsense_does_not_count(value: object) -> None:
+    assert claim({"state": "pruned", "lease_epoch": 4, "value": value}).action is Action.TRAIN
 
 
 def test_resume_mode_never_supersedes_what_is_incomplete_but_not_what_is_new() -> None:
