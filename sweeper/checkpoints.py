@@ -204,10 +204,10 @@ class Draft:
         file = DigestingFile(self.directory / name)
         try:
             write(file)
-        except BaseException as error:
+        except BaseException:
             file.close()
             if file.refused is not None:
-                raise file.refused from error
+                raise file.refused from None
             raise
         self.files[name] = (file.size_bytes, file.close_durably())
 

@@ -71,6 +71,12 @@ def write_all(fd: int, data: bytes | memoryview, path: Path) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Put `data` at `path` atomically and durably: readers see the old bytes or the new ones."""
+    put(path, data)
+    fsync_dir(path.parent)
+
+
+def put(path: Path, data: bytes) -> None:
+    """As `replace`, but durable only after `fsync_dir` of the parent, for several files at once."""
     temporary = temporary_name(path)
     try:
         write_new(temporary, data)
@@ -79,7 +85,6 @@ def replace(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    fsync_dir(path.parent)
 
 
 def create(path: Path, data: bytes) -> None:

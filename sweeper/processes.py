@@ -18,6 +18,7 @@ __all__ = [
     "ATTEMPT_VARIABLE",
     "adopt_orphans",
     "boot_id",
+    "children",
     "die_with_parent",
     "identify",
     "kill_leftovers",
@@ -49,11 +50,19 @@ def identify(pid: int | None = None) -> ProcessId:
     )
 
 
-def kill_leftovers(processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: float = 5.0) -> list[int]:
+def kill_leftovers(
+    processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: float = 5.0, among: Iterable[int] | None = None
+) -> list[int]:
     """End with SIGKILL what is left of an attempt on this machine, and wait until it is gone.
 
     Ended are the recorded processes that are still themselves, all members of their sessions,
     and every process that inherited `attempt_tag` in its environment.
+
+    Args:
+        processes: As recorded for the attempt.
+        attempt_tag: `<run_id>:<lease_epoch>`.
+        wait_s: How long to wait for them to be gone.
+        among: Look only at these pids for members and heirs; the default is all there are.
 
     Returns:
         The pids that were ended.
@@ -63,7 +72,7 @@ def kill_leftovers(processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: 
     alive = {p.pid for p in ours if start_ticks(p.pid) == p.start_ticks}
     # A session's number is not given to another process while the session has members.
     sessions = {p.pid for p in ours if p.pid in alive or start_ticks(p.pid) is None} - {os.getsid(0)}
-    for pid in _all_pids():
+    for pid in _all_pids() if among is None else among:
         if pid != me and (_session(pid) in sessions or _has_tag(pid, attempt_tag)):
             alive.add(pid)
     for pid in alive:
@@ -73,6 +82,14 @@ def kill_leftovers(processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: 
     while any(start_ticks(pid) is not None for pid in alive) and time.monotonic() < deadline:
         time.sleep(0.005)
     return sorted(alive)
+
+
+def children() -> list[int]:
+    """The children of this process, orphans it adopted included; all pids where it cannot be told."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return _all_pids()
 
 
 def _all_pids() -> list[int]:

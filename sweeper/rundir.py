@@ -175,8 +175,9 @@ def create(run_dir: Path, identity: Identity, *, config: bytes, overrides: bytes
     for name in (CHECKPOINTS_DIR, LOGS_DIR):
         fsops.make_dir(run_dir / name, exist_ok=True)
     if not (run_dir / RUN_FILE).exists():
-        fsops.replace(run_dir / CONFIG_FILE, config)
-        fsops.replace(run_dir / OVERRIDES_FILE, overrides)
+        fsops.put(run_dir / CONFIG_FILE, config)
+        fsops.put(run_dir / OVERRIDES_FILE, overrides)
+        fsops.fsync_dir(run_dir)
         # Last: a directory with run.json is whole. Without it, what a crash left of the other two
         # may be of another launch's configuration, whose digest is not the one in this identity.
         fsops.replace(run_dir / RUN_FILE, to_json(asdict(identity)))

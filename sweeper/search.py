@@ -8,11 +8,13 @@ and it sees trials that are still running as nothing (`constant_liar` is off in 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -230,7 +232,7 @@ class Search:
         fixed: dict[str, Any] = json.loads(waiting.system_attrs.get("fixed_params", "{}"))
         for name, (value, text) in waiting.params.items():
             fixed[name] = _json_to_distribution(text).to_external_repr(value)
-        known = {name: value for name, value in fixed.items() if name in self._space}
+        known = self._usable(fixed, waiting.number)
         params, attrs = (
             self._sample(waiting.number, fixed=known) if len(known) < len(self._space) else (known, {})
         )
@@ -243,6 +245,19 @@ class Search:
             system_attrs=attrs,
             retry_of=retry_of,
         )
+
+    def _usable(self, fixed: Mapping[str, Any], number: int) -> Params:
+        """The fixed parameters, as the space has them. Raising would stop the sweep for good."""
+        known = {}
+        for name, value in fixed.items():
+            distribution = self._space.get(name)
+            if distribution is None:
+                continue
+            try:
+                known[name] = distribution.to_external_repr(distribution.to_internal_repr(value))
+            except (ValueError, TypeError) as error:
+                warnings.warn(f"trial {number} waits with {name}={value!r}; sampled instead: {error}", stacklevel=2)
+        return known
 
     def _sample(self, number: int, *, fixed: Params) -> tuple[Params, dict[str, Any]]:
         sampler = make(self._sampler, kind="sampler", seed=_seed(self._sweep.seed, number))
@@ -345,9 +360,12 @@ class _View(InMemoryStorage):
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         self.written[key] = value
-        for trial in reversed(self.trials):
-            if trial._trial_id == trial_id:
-                trial.system_attrs[key] = value
+        for index in range(len(self.trials) - 1, -1, -1):
+            if self.trials[index]._trial_id == trial_id:
+                # HAZARD: a copy, as Optuna's storages make. Successive halving counts the value in
+                # the trials it fetched before it writes, and then once more.
+                trial = self.trials[index] = copy.copy(self.trials[index])
+                trial.system_attrs = {**trial.system_attrs, key: value}
                 break
 
 

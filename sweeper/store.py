@@ -225,7 +225,8 @@ def _create_schema(url: str, path: Path | None) -> None:
     try:
         with engine.connect() as connection:
             names = set(sa.inspect(connection).get_table_names())
-        if "alembic_version" not in names or "trials" not in names:
+            optuna_made = _revision(connection, "alembic_version", names)
+        if not optuna_made:  # written last, and not in one transaction with the tables
             _create_optuna_tables(url, path)
         if schema.VERSION_TABLE not in names:
             with engine.begin() as connection:
@@ -251,15 +252,13 @@ def upgrade_schema(url: str) -> tuple[str, str]:
         raise StorageError(f"there is no database at {path}", do="`sweeper launch` creates one.")
     engine = make_engine(url)
     with _explained(url), engine.connect() as connection:
-        names = sa.inspect(connection).get_table_names()
+        names = set(sa.inspect(connection).get_table_names())
         if schema.VERSION_TABLE not in names:
             raise StorageError(
                 f"the database {url.rpartition('@')[2]} is not one of sweeper's",
                 do="`sweeper launch` creates one.",
             )
-        before = str(
-            connection.exec_driver_sql(f"SELECT version_num FROM {schema.VERSION_TABLE}").scalar_one()
-        )
+        before = _revision(connection, schema.VERSION_TABLE, names)
     if before > schema.HEAD:
         raise StorageError(
             f"the database has schema {before}, newer than this sweeper ({schema.HEAD})",
@@ -272,6 +271,13 @@ def upgrade_schema(url: str) -> tuple[str, str]:
         command.upgrade(config, "head")
     engine.dispose()
     return before, schema.HEAD
+
+
+def _revision(connection: Connection, table: str, names: Set[str]) -> str:
+    """What a version table says; empty when it is not there or says nothing yet."""
+    if table not in names:
+        return ""
+    return str(connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar_one_or_none() or "")
 
 
 def _stamp(connection: Connection) -> None:
@@ -362,13 +368,13 @@ class Store:
     def _check_versions(self) -> None:
         with self._engine.connect() as connection:
             names = set(sa.inspect(connection).get_table_names())
-            if schema.VERSION_TABLE not in names or "trials" not in names:
+            ours = _revision(connection, schema.VERSION_TABLE, names)
+            optuna = _revision(connection, "alembic_version", names)
+            if not ours or not optuna:
                 raise StorageError(
                     f"the database {self._shown()} is not one of sweeper's, or only half created",
                     do="Run `python -m sweeper launch …` or `sweeper rebuild DATA_DIR` to create it.",
                 )
-            ours = connection.exec_driver_sql(f"SELECT version_num FROM {schema.VERSION_TABLE}").scalar_one()
-            optuna = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one()
             recorded = dict(map(tuple, connection.exec_driver_sql("SELECT key, value FROM sweeper_meta")))
         if ours != schema.HEAD:
             newer = ours > schema.HEAD
@@ -479,15 +485,11 @@ class Store:
         return adopted
 
     def queue(self, study_id: int) -> tuple[TrialRow | None, int]:
-        """(the first trial that waits in the study: a grid point, a retry; the next free number)."""
+        """(the trial that waits in the study to be drawn first: a retry, a grid point; the next free number)."""
         with self._reading() as connection:
-            row = _execute(
-                connection,
-                "SELECT number FROM trials WHERE study_id=:s AND state='WAITING' ORDER BY number LIMIT 1",
-                s=study_id,
-            ).one_or_none()
+            first = _first_waiting(connection, study_id)
             number = _next_trial(connection, study_id)
-        return (self.trials(study_id, after=number, numbers=[row[0]])[0] if row else None), number
+        return (None if first is None else self.trials(study_id, after=number, numbers=[first])[0]), number
 
     def draw(
         self, sweep: Sweep, proposal: Proposal, *, owner: ProcessId, worker: str, threads: int
@@ -760,7 +762,13 @@ class Store:
         return int(count) + (committed is None)
 
     def settle(self, lease: Lease, state: State, ending: Ending) -> None:
-        """Final state, attempt and tell in one transaction. result.json must be durable already."""
+        """Final state, attempt and tell in one transaction. result.json must be durable already.
+
+        Raises:
+            ValueError: A completed run without a number, which Optuna could not read.
+        """
+        if state is State.COMPLETED and (ending.value is None or ending.value != ending.value):
+            raise ValueError(f"run {lease.run_id} cannot be completed without a number: {ending.value}")
         now = clock.wall_s()
         event_ = SETTLES[state]
         with self._transaction() as connection:
@@ -1057,6 +1065,20 @@ def _next_trial(connection: Connection, study_id: int) -> int:
     return 0 if last is None else int(last) + 1
 
 
+def _first_waiting(connection: Connection, study_id: int) -> int | None:
+    """What somebody asked for (a retry, `enqueue_trial`) comes before points that wait from the start."""
+    waiting = "FROM trials t WHERE t.study_id=:s AND t.state='WAITING'"
+    asked_for = "EXISTS (SELECT 1 FROM trial_system_attributes a WHERE a.trial_id=t.trial_id)"
+    first: int | None = _execute(connection, f"SELECT min(t.number) {waiting}", s=study_id).scalar_one()
+    if first is None:
+        return None
+    # Whatever is asked for gets the largest number; a look at the last one spares a look at all.
+    last = f"SELECT {asked_for} {waiting} ORDER BY t.number DESC LIMIT 1"
+    if _execute(connection, last, s=study_id).scalar_one():
+        first = _execute(connection, f"SELECT min(t.number) {waiting} AND {asked_for}", s=study_id).scalar_one()
+    return first
+
+
 def _take_trial(connection: Connection, study_id: int, proposal: Proposal) -> int | None:
     if proposal.waiting_id is None:
         if _next_trial(connection, study_id) != proposal.number:
@@ -1140,7 +1162,8 @@ def _tell(connection: Connection, trial_id: int, state: State, value: float | No
         "UPDATE trials SET state=:state, datetime_complete=:now WHERE trial_id=:t AND state='RUNNING'",
         state=OPTUNA_STATE[state], now=_optuna_time(now), t=trial_id,
     )  # fmt: skip
-    if told.rowcount == 1 and value is not None and state in (State.COMPLETED, State.PRUNED):
+    is_nan = value is not None and value != value  # a trial pruned at NaN has no value: Optuna knows no other way
+    if told.rowcount == 1 and value is not None and not is_nan and state in (State.COMPLETED, State.PRUNED):
         number, kind = _optuna_value(value)
         _execute(
             connection,

@@ -355,13 +355,15 @@ class Supervisor:
         """Wait for a trainer that said goodbye, kill one that did not, and all it started."""
         if attempt.kill_reason is None and attempt.pid is not None:
             attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
-        trainers = [processes.identify(attempt.pid)] if attempt.pid else []
         tag = f"{attempt.spec.run_id}:{attempt.spec.lease_epoch}"
         if attempt.pid is not None and attempt.exit_status is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(attempt.pid, signal.SIGKILL)
             attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
-        processes.kill_leftovers(trainers, attempt_tag=tag)
+        trainers = [processes.identify(attempt.pid)] if attempt.pid else []
+        # Whatever the trainer left behind is our child by now; ending it may orphan more.
+        while processes.kill_leftovers(trainers, attempt_tag=tag, among=processes.children()):
+            self.reap()
         attempt.channel.close()
         if attempt.death_fd is not None:
             os.close(attempt.death_fd)
@@ -433,7 +435,7 @@ def _told_ending(said: Message, refusals: tuple[str, ...]) -> Ending:
 def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> Ending:
     """How a trainer ended that said nothing, from its wait status."""
     if status is None:
-        return Ending(Outcome.LOST, "the trainer vanished", detail=detail)
+        return Ending(Outcome.LOST, "the trainer ended before it had begun", detail=detail)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name

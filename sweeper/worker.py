@@ -360,8 +360,8 @@ def settle(store: Store, lease: Lease, run_dir: Path, state: State, ending: Endi
 def close(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
     """The rest of `settle`, once result.json is durable; also of one that a crash cut short."""
     root = run_dir / rundir.CHECKPOINTS_DIR
-    steps = checkpoints.steps_on_disk(root)
-    checkpoints.write_stages(root, stage="train", state=str(state), step=steps[0][0] if steps else 0)
+    if steps := checkpoints.steps_on_disk(root):
+        checkpoints.write_stages(root, stage="train", state=str(state), step=steps[0][0])
     store.settle(lease, state, ending)
     rundir.remove_marker(run_dir)
 

@@ -122,8 +122,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _is_disk_fault(error: BaseException) -> bool:
     chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
     return any(
         isinstance(link, CheckpointError | OSError) and getattr(link, "errno", None) in DISK_FAULTS
         for link in chain
@@ -136,6 +136,7 @@ def load_training(spec: Spec) -> tuple[Callable[[Any, Run], object], Any]:
     Raises:
         ConfigError: config.yaml is not the run's own, or the function cannot be imported.
     """
+    import yaml
     from omegaconf import OmegaConf
 
     data = rundir.read_bytes(Path(spec.run_dir) / rundir.CONFIG_FILE)
@@ -143,7 +144,7 @@ def load_training(spec: Spec) -> tuple[Callable[[Any, Run], object], Any]:
         raise ConfigError(
             f"config.yaml of run {spec.run_id} was changed", do="Restore it, or cancel and retry the run."
         )
-    cfg = OmegaConf.create(data.decode())
+    cfg = OmegaConf.create(yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     target = OmegaConf.select(cfg, "trainer._target_")
     del cfg.trainer["_target_"]
     return find_function(str(target)), cfg

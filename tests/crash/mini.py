@@ -470,14 +470,15 @@ def _wrong_files(place: Place, runs: list[dict[str, Any]]) -> Iterator[str]:
     for path in sorted(place.data_dir.rglob("*")):
         name = path.name
         is_left = name.endswith((".tmp", ".incomplete")) or name.startswith((".tmp-", ".aside-", ".trash"))
-        if is_left:
+        if is_left and not _is_in_shell(place, path):
             yield f"{path.relative_to(place.data_dir)} is left"
-    for run in runs:
+    for run, successor in zip(runs, [*runs[1:], None], strict=True):
+        expected = {"state": run["state"], "value": run["value"], "by": successor and successor["run_id"]}
         try:
             result = rundir.read_result(place.run_dir(run["run_id"])) or {}
         except rundir.Damaged as error:
             result = {"state": str(error)}
-        if result.get("state") != run["state"] or result.get("value") != run["value"]:
+        if {key: result.get(key) for key in expected} != expected:
             yield f"result.json of {run['run_id']} is {result}"
     last = runs[-1]["run_id"]
     starts = place.rows(f"SELECT lease_epoch, start_step FROM sweeper_attempt WHERE run_id='{last}'")
@@ -485,6 +486,15 @@ def _wrong_files(place: Place, runs: list[dict[str, Any]]) -> Iterator[str]:
     for found in checkpoints.inspect(place.root(last), run_id=last, starts=known):
         if found.reason is not None:
             yield f"{found.directory.name}: {found.reason}"
+    stages = rundir.read_json(place.root(last) / checkpoints.STAGES)["stages"]
+    if stages != [{"name": "train", "state": "completed", "global_step": NUM_STEPS}]:
+        yield f"the stages are {stages}"
+
+
+def _is_in_shell(place: Place, path: Path) -> bool:
+    """Below a directory that a superseder was killed in before it was a run's: a gap in the numbers."""
+    run_dir = place.data_dir / Path(*path.relative_to(place.data_dir).parts[:4])
+    return rundir.RUN_ID.match(run_dir.name) is not None and not (run_dir / rundir.RUN_FILE).exists()
 
 
 def pause(seconds: float = 0.001) -> None:
