@@ -51,6 +51,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(directory: Path) -> int:
+    """The step in a checkpoint directory's name."""
+    return int(directory.name.rpartition("_")[2])
+
+
 def digest(data: bytes | bytearray | memoryview) -> str:
     """BLAKE3 of `data`, hexadecimal."""
     return blake3(data).hexdigest()

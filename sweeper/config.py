@@ -23,6 +23,16 @@ def for_run(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
 
 def put(config: dict[str, Any], key: str, value: ParamValue) -> None:
     """Set a dotted key that exists already. Raises ConfigError, naming what there is instead."""
+    node, last = check_key(config, key)
+    node[last] = value
+
+
+def check_key(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The dict that holds a dotted key, and the key's last part.
+
+    Raises:
+        ConfigError: There is no such key, or it is no plain value.
+    """
     *parents, last = key.split(".")
     node: Any = config
     for name in parents:
@@ -38,7 +48,7 @@ def put(config: dict[str, Any], key: str, value: ParamValue) -> None:
         raise ConfigError(
             f"the parameter {key} is a group of settings, not a value", do="Search over the values in it."
         )
-    node[last] = value
+    return node, last
 
 
 def to_yaml(config: Mapping[str, Any]) -> bytes:

@@ -40,8 +40,7 @@ def main(directory: Path, *, storage: str, data_dir: Path) -> int:
         SweeperError: An owner of a run still lives, or the database knows the sweep already.
     """
     only = _one_sweep(directory)
-    if only is not None:
-        data_dir = directory.resolve().parents[1]
+    data_dir = directory.resolve().parents[1] if only is not None else directory
     found: dict[str, list[Found]] = defaultdict(list)
     damaged = []
     for run_dir in rundir.run_dirs(data_dir, only):

@@ -296,9 +296,9 @@ class Supervisor:
         elif kind == "progress":
             attempt.step = message["step"] if message.get("step") is not None else attempt.step
         elif kind == "refused":
-            attempt.refusals.append(f"{message['checkpoint']}: {message['reason']}")
+            attempt.refusals.append(f"step {message['step']}: {message['reason']}")
             self._log(
-                f"[RESUME] {run.run_id}: checkpoint {message['checkpoint']} refused: {message['reason']}"
+                f"[RESUME] {run.run_id}: checkpoint step {message['step']} refused: {message['reason']}"
             )
         elif kind == "complaint":
             self._log(f"[CHECKPOINT] {run.run_id}: {message['text']}")

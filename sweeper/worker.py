@@ -185,7 +185,8 @@ class Worker:
             killed = processes.kill_leftovers(claim.previous, attempt_tag=tag)
             ended = f"; ended what was left of it ({', '.join(map(str, killed))})" if killed else ""
             log(f"[LEASE] {run.run_id}: taken over, {claim.reason}{ended}")
-        lease = self._raise_epoch(claim, run_dir)
+        # A superseder has just written this directory under the very epoch it claims.
+        lease = claim.lease if claim.run.replaces and claim.is_new else self._raise_epoch(claim, run_dir)
         identity = self._identity(run, run_dir)
         decision = self._on_claim(claim, lease, run_dir)
         rundir.write_marker(

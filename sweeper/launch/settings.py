@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweeper.config import put
+from sweeper.config import check_key
 from sweeper.errors import ConfigError
 from sweeper.search import distribution_of, grid, is_grid, make
 from sweeper.store import NewSweep
@@ -62,7 +62,7 @@ def read(cfg: DictConfig) -> Settings:
         key: distribution_of(key, _as_text(value)) for key, value in sorted(sweep["params"].items())
     }
     for key in config["space"]:
-        put(dict(config), key, _any_value(config, key))
+        check_key(config, key)
     make(config["sampler"], kind="sampler", **_grid_arguments(config))
     make(config["pruner"], kind="pruner")
     points = grid(config["space"]) if is_grid(config["sampler"]) else ()
@@ -81,11 +81,6 @@ def _grid_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 def _as_text(value: Any) -> str:
     return f"choice({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
-
-
-def _any_value(config: dict[str, Any], key: str) -> Any:
-    """A stand-in of the parameter, only to see that its key exists."""
-    return 0
 
 
 def freeze(cfg: DictConfig) -> dict[str, Any]:
@@ -244,7 +239,8 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
         "sweep.direction": sweep["direction"],
     }
     flat |= {f"sweep.params.{key}": value for key, value in sweep["params"].items()}
-    flat |= dict(_flat("trainer", config["trainer"]))
+    searched = set(sweep["params"])
+    flat |= {key: value for key, value in _flat("trainer", config["trainer"]) if key not in searched}
     if is_grid(config["sampler"]):
         flat["sampler"] = config["sampler"]["_target_"]
     return flat

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from sweeper import clock
+from sweeper import checkpoints, clock
 from sweeper.errors import CheckpointRefused
 from sweeper.torch.order import OrderedLoader
 from sweeper.torch.state import check_architecture, load_bytes, rng_state, saves, set_rng_state
@@ -206,12 +206,12 @@ class Loop:
                 self._load(directory)
             except CheckpointRefused as error:
                 refused.append(directory)
-                run.refuse(directory.name, str(error))
+                run.refuse(checkpoints.step_of(directory), str(error))
                 continue
             run.resumed(self.step, refused=refused)
             return
         if run.was_ever_committed():
-            raise NoValidCheckpoint(f"run {run.run_id}: no valid checkpoint", why=f"{len(refused)} refused")
+            raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)")
 
     def _load(self, directory: Path) -> None:
         """Verify, unpickle and check everything before the first object is changed."""

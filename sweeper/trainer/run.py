@@ -202,10 +202,10 @@ class Run:
         """Whether database or disk know of a checkpoint of this run."""
         return self.spec.was_committed or checkpoints.was_ever_committed(self.checkpoints_dir)
 
-    def refuse(self, step_name: str, reason: str) -> None:
+    def refuse(self, step: int, reason: str) -> None:
         """Say in both logs why a candidate is not used."""
-        print(f"[RESUME] {self.run_id}: checkpoint {step_name} refused: {reason}", flush=True)
-        self._link.tell("refused", checkpoint=step_name, reason=reason)
+        print(f"[RESUME] {self.run_id}: checkpoint step {step} refused: {reason}", flush=True)
+        self._link.tell("refused", step=step, reason=reason)
 
     def resumed(self, step: int, *, refused: Iterable[Path]) -> None:
         """This attempt goes on from `step`: refused and newer checkpoints are moved out of the way."""

@@ -64,14 +64,14 @@ def failed_then_finished(base: Place, trace: Trace, end: Final, *, stays: bool, 
     return check
 
 
-def test_one_refused_operation_of_each_kind(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
+def test_one_refused_operation(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(failed_then_finished(fresh, trace, end, stays=False), sites(trace)[1::3]) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=False), sites(trace)[1::8]) == []
 
 
 def test_a_disk_that_stays_bad(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(failed_then_finished(fresh, trace, end, stays=True), sites(trace)[2::5]) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=True), sites(trace)[2::12]) == []
 
 
 @pytest.mark.slow

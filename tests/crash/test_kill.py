@@ -63,9 +63,9 @@ def test_the_operations_are_those_of_the_protocols(undisturbed: tuple[Trace, Fin
     }
 
 
-def test_kill_at_one_operation_of_each_kind(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
+def test_kill_at_some_operations(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(killed_then_finished(fresh, end), sites(trace)[:: 2]) == []
+    assert failures(killed_then_finished(fresh, end), sites(trace)[::5]) == []
 
 
 @pytest.mark.slow
@@ -101,13 +101,13 @@ def resume_trace(fast_dir: Path, torn: Place) -> Trace:
     return trace
 
 
-def test_kill_in_a_resume_at_one_operation_of_each_kind(
+def test_kill_in_a_resume_at_some_operations(
     torn: Place, resume_trace: Trace, undisturbed: tuple[Trace, Final]
 ) -> None:
     first_save = next(i for i, operation in enumerate(resume_trace) if kind_of(*operation) == "mkdir draft")
     cases = [i for i in sites(resume_trace) if i < first_save]
     assert len(cases) > 15
-    assert failures(killed_then_finished(torn, undisturbed[1]), cases) == []
+    assert failures(killed_then_finished(torn, undisturbed[1]), cases[::4]) == []
 
 
 @pytest.mark.slow
@@ -145,13 +145,12 @@ def superseding(trace: Trace) -> range:
     return range(closed + 3)
 
 
-def test_kill_in_superseding_at_one_operation_of_each_kind(
+def test_kill_in_superseding_at_some_operations(
     hopeless: Place, supersede_trace: Trace, undisturbed: tuple[Trace, Final]
 ) -> None:
-    phase = superseding(supersede_trace)
-    cases = [i for i in sites(supersede_trace[: phase.stop])]
-    assert len(cases) > 25
-    assert failures(killed_then_finished(hopeless, undisturbed[1]), cases[::2]) == []
+    cases = superseding(supersede_trace)
+    assert len(cases) > 40
+    assert failures(killed_then_finished(hopeless, undisturbed[1]), cases[::6]) == []
 
 
 @pytest.mark.slow
@@ -159,7 +158,6 @@ def test_kill_at_every_operation_of_superseding(
     hopeless: Place, supersede_trace: Trace, undisturbed: tuple[Trace, Final]
 ) -> None:
     cases = superseding(supersede_trace)
-    assert len(cases) > 40
     assert failures(killed_then_finished(hopeless, undisturbed[1]), cases) == []
     assert failures(killed_then_finished(hopeless, undisturbed[1], second=2), cases[::3]) == []
 

@@ -151,7 +151,6 @@ def inside(params: Params, sweep: Sweep) -> bool:
 CLASSES: dict[str, dict[str, Any]] = {
     "TPE of single parameters": {"_target_": "optuna.samplers.TPESampler", "multivariate": False},
     "TPE of groups": {"_target_": "optuna.samplers.TPESampler", "multivariate": True, "group": True},
-    "CMA-ES": {"_target_": "optuna.samplers.CmaEsSampler", "n_startup_trials": 3},
     "NSGA-II": {"_target_": "optuna.samplers.NSGAIISampler", "population_size": 4},
     "brute force": {"_target_": "optuna.samplers.BruteForceSampler"},
 }
@@ -162,8 +161,6 @@ CLASSES: dict[str, dict[str, Any]] = {
 def test_optunas_other_samplers_draw_from_the_space_and_reproducibly(
     store: Store, other_store: Store, name: str
 ) -> None:
-    if name == "CMA-ES":
-        pytest.importorskip("cmaes")
     config = {"n_startup_trials": 3, "constant_liar": False} if "TPE" in name else {}
     space = {
         "trainer.depth": "range(1, 5)",

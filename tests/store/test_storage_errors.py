@@ -165,13 +165,13 @@ def test_a_creation_that_was_killed_is_finished_by_the_next(tmp_path: Path, tabl
 
 
 def create_until(index: int, url: str, kill_at: int) -> bool:
-    """Create a database and end like a process killed before statement `kill_at`; whether it was."""
+    """Create a database and end like a process killed before write number `kill_at`; whether it was."""
     real, count = store_module.connect_sqlite, 0
 
     def traced(path: Path) -> sqlite3.Connection:
         def before(statement: str) -> None:
             nonlocal count
-            count += 1
+            count += statement.startswith(("CREATE", "INSERT", "COMMIT"))
             if count == kill_at:
                 os._exit(9)
 
@@ -188,7 +188,7 @@ def create_until(index: int, url: str, kill_at: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_creation_killed_before_any_of_its_statements_is_finished_by_the_next(memory_dir: Path) -> None:
+def test_a_creation_killed_before_any_of_its_writes_is_finished_by_the_next(memory_dir: Path) -> None:
     kill_at, was_killed = 1, True
     while was_killed:
         url = f"sqlite:///{memory_dir / str(kill_at) / 'sweeper.db'}"
@@ -198,7 +198,7 @@ def test_a_creation_killed_before_any_of_its_statements_is_finished_by_the_next(
         sweeps.complete(store, sweeps.must_draw(store, sweeps.make(store)))
         store.close()
         kill_at += 1
-    assert kill_at > 50
+    assert kill_at > 12
 
 
 # --- locked ------------------------------------------------------------------------------------
@@ -290,14 +290,6 @@ def test_a_read_only_file_is_reported(store: Store, monkeypatch: pytest.MonkeyPa
     opened._engine = store_module.make_engine(store.url)
     text = refusal(lambda: opened.cancel_sweep(sweep.name))
     assert "readonly database. Make the file and its directory writable" in text
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write to a directory of mode 0555")
-def test_a_read_only_directory_is_reported(tmp_path: Path) -> None:
-    directory = tmp_path / "data"
-    directory.mkdir(mode=0o555)
-    text = refusal(lambda: create_database(f"sqlite:///{directory / 'sweeper.db'}"))
-    assert "Permission denied" in text
 
 
 def test_a_full_disk_is_reported_and_nothing_is_half_written(store: Store) -> None:

@@ -46,13 +46,16 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
 def prose(path: Path) -> str:
     """A page without its code blocks."""
-    return re.sub(r"^```.*?^```", "", text_of(path), flags=re.MULTILINE | re.DOTALL)
+    return _FENCED.sub("", text_of(path))
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(path), flags=re.MULTILINE | re.DOTALL)
+    return [text for found, text in _FENCED.findall(text_of(path)) if found == language]
 
 
 def section(path: Path, heading: str) -> str:
@@ -116,12 +119,14 @@ def test_files_named_in_the_readme_exist() -> None:
 
 def commands() -> list[tuple[str, str]]:
     """(page, what follows `sweeper`) of each command that a reader may type."""
-    return [
-        (named(page), line)
-        for page in pages()
-        for block in blocks(page, "console")
-        for line in re.findall(r"^\$ (?:python -m )?sweeper (.*)$", block, flags=re.MULTILINE)
-    ]
+    return sorted(
+        {
+            (named(page), re.split(r" +[#&|;]", line)[0])
+            for page in pages()
+            for block in blocks(page, "console")
+            for line in re.findall(r"^\$ (?:python -m )?sweeper (.*)$", block, flags=re.MULTILINE)
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +137,10 @@ def hydra() -> Iterator[None]:
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """The directory that README.md lets its reader write: blocks of YAML that begin with their path."""
+    """The directory that README.md lets its reader write: blocks of YAML that name their path, word for word."""
     for block in blocks(ROOT / "README.md", "yaml"):
-        path = tmp_path / block.partition("\n")[0].removeprefix("# ")
+        (name,) = re.findall(r"^# (\S+\.yaml)\b", block, flags=re.MULTILINE)
+        path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block)
     return tmp_path
@@ -142,9 +148,7 @@ def mine(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_can_be_typed(page: str, command: str, hydra: None, mine: Path) -> None:
-    words = shlex.split(command, comments=True)
-    words = words[: next((i for i, word in enumerate(words) if word in ("&", "|", ";")), None)]
-    before = cli._top_parser().parse_args(words)
+    before = cli._top_parser().parse_args(shlex.split(command))
     if before.verb == "launch":
         launched(before.rest, mine)
     else:
@@ -168,7 +172,8 @@ def launched(rest: list[str], mine: Path) -> None:
 
 @pytest.mark.parametrize("page", pages(), ids=named)
 def test_verbs_in_the_text_are_real(page: Path) -> None:
-    for verb, rest in re.findall(r"`(?:python -m )?sweeper ([a-z]+)( [^`]*)?`", prose(page)):
+    # What a later issue will bring is announced with its number.
+    for verb, rest in re.findall(r"`(?:python -m )?sweeper ([a-z]+)( [^`]*)?`(?! \(issue)", prose(page)):
         assert verb == "launch" or verb in cli._VERBS
         if verb != "launch" and "--" in rest:
             parse(verb, ["NAME", *re.findall(r"--\S+", rest)])
@@ -185,7 +190,8 @@ def composed(hydra: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     for name in set(re.findall(r"oc\.env:(\w+)", all_of_conf())):
         monkeypatch.delenv(name, raising=False)
     found: dict[str, str] = {}
-    for overrides in ([], *([f"{group}={option}"] for group, option in options() if group != "sweep")):
+    others = [(group, option) for group, option in options() if option != default_options().get(group)]
+    for overrides in ([], *([f"{group}={option}"] for group, option in others if group != "sweep")):
         cfg = compose("config", overrides=overrides)
         for key, value in flat("", OmegaConf.to_container(cfg)):
             found.setdefault(key, as_shown(cfg, key, value))
@@ -194,6 +200,12 @@ def composed(hydra: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def all_of_conf() -> str:
     return "\n".join(path.read_text() for path in sorted((ROOT / "conf").rglob("*.yaml")))
+
+
+def default_options() -> dict[str, str]:
+    """Group → the option in the defaults list."""
+    entries = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())["defaults"]
+    return {group: option for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
 
 
 def options() -> list[tuple[str, str]]:
@@ -221,10 +233,7 @@ def test_every_key_is_documented_with_its_default(composed: dict[str, str]) -> N
 
 
 def test_every_group_is_documented() -> None:
-    defaults: dict[str, str] = {}
-    for entry in yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())["defaults"]:
-        if isinstance(entry, dict):
-            defaults.update(entry)
+    defaults = default_options()
     there: dict[str, list[str]] = {}
     for group, option in options():
         there.setdefault(group, []).append(option)
@@ -379,8 +388,7 @@ def data(tmp_path: Path) -> str:
     commit_checkpoint(run_dir, step=5)
     (commit_checkpoint(run_dir, step=9) / "model.pth").write_bytes(b"damaged")
     filled.run(1, state="running", retry_of=first)
-    filled.run(2, state="failed", outcome="crashed", reason="boom", detail=None) if False else None
-    filled.run(3, state="interrupted", replaces=first)
+    filled.run(2, state="interrupted", replaces=first)
     return str(filled.data_dir)
 
 
