@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from bench import processes, trace
 from bench.contenders import Contender
 from bench.processes import Failed
 from bench.table import Cell, Missing, Series
+from bench.trace import Event
 
 Victim = Literal["trainer", "everything"]
 EVERY_STEPS = 50
@@ -52,7 +54,7 @@ class Session:
                 raise Failed("it ends again and again")
             self.start()
 
-    def wait_for_step(self, *, after_s: float, not_of: int = 0) -> trace.Event:
+    def wait_for_step(self, *, after_s: float, not_of: int = 0) -> Event:
         """The first step after a moment, of another process than `not_of`."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
@@ -115,25 +117,29 @@ def restart_s(contender: Contender, victim: Victim, *, repeats: int) -> Cell:
 
 
 def goodput(contender: Contender, victim: Victim, *, window_s: float, mean_s: float, step_s: float) -> Cell:
-    """Steps that count × time of a step ÷ wall time, under kills with exponential gaps (the same for all)."""
-    gaps = random.Random(20261122)
-    kills = 0
+    """Steps that count × time of a step ÷ wall time, under the same kills for everybody."""
+    gaps = gaps_s(round(window_s / mean_s), mean_s=mean_s)
     try:
         with session(contender) as running:
             first = next(event for event in trace.read(running.trace) if event.name == "step")
-            now_s = first.at_s
-            while (due_s := now_s + gaps.expovariate(1 / mean_s)) < first.at_s + window_s:
-                _keep_until(running, due_s)
+            for since_s in accumulate(gaps):
+                _keep_until(running, first.at_s + since_s)
                 running.kill(victim)
                 running.keep_alive()
-                now_s, kills = due_s, kills + 1
             _keep_until(running, first.at_s + window_s)
             end_s = time.monotonic()
             steps = [event for event in trace.read(running.trace) if event.name == "step"]
             done = steps[-1].step - first.step
     except Failed as error:
         return Missing(str(error))
-    return Series((done * step_s / (end_s - first.at_s),), note=f"{kills} kills")
+    return Series((done * step_s / (end_s - first.at_s),), note=f"{len(gaps)} kills")
+
+
+def gaps_s(count: int, *, mean_s: float) -> list[float]:
+    """Exponential gaps with the given mean: its quantiles in a fixed order, so that a short window is typical."""
+    quantiles = [-mean_s * math.log(1 - (index + 0.5) / count) for index in range(count)]
+    random.Random(0).shuffle(quantiles)
+    return quantiles
 
 
 def _keep_until(running: Session, moment_s: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 from bench import failures, floors, ours, peers, processes, trials
@@ -13,6 +15,8 @@ from bench.table import Cell, Goal, Line, Missing, Series, above, at_most, below
 
 MEAN_KILL_S = 10.0
 Say = Callable[[str], None]
+Answers = list[dict[str, Any]]
+"""What a crowd said, once for each repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Size:
 
     fast_trials: int = 200
     slow_trials: int = 16
+    ask_repeats: int = 3
     repeats: int = 5
     asks: int = 600
     ask_limit_s: float = 6.0
@@ -29,7 +34,9 @@ class Size:
     size_mb: int = 300
 
 
-QUICK = Size(fast_trials=60, slow_trials=8, repeats=3, asks=200, ask_limit_s=3.0, window_s=40.0)
+QUICK = Size(
+    fast_trials=60, slow_trials=8, repeats=3, ask_repeats=1, asks=200, ask_limit_s=3.0, window_s=40.0
+)
 
 
 @dataclass(slots=True)
@@ -59,7 +66,7 @@ class Bench:
             self._restart = floors.restart(repeats=self.size.repeats)
         return self._restart
 
-    def beside(self, measure: dict[str, Callable[[], Cell]]) -> dict[str, Cell]:
+    def beside(self, measure: Mapping[str, Callable[[], Cell]]) -> dict[str, Cell]:
         """Measure the peers one after the other."""
         cells: dict[str, Cell] = {}
         for name, act in measure.items() if self.has_peers else ():
@@ -103,7 +110,7 @@ def first_start(bench: Bench) -> Iterator[Line]:
     def start(contender: Any) -> Cell:
         return trials.first_start_s(contender, repeats=bench.size.repeats, timeout_s=60)
 
-    others = {name: (lambda c=contender: start(c)) for name, contender in peers.trial_programs(2).items()}
+    others = {name: partial(start, contender) for name, contender in peers.trial_programs(2).items()}
     mine = start(ours.trials(2))
     goal = Goal("≤ 1.2 × floor", at_most(1.2))
     yield Line("2", "first trial's start", "s", mine, bench.import_torch_s(), goal, bench.beside(others))
@@ -113,15 +120,17 @@ def ask_tell(bench: Bench) -> Iterator[Line]:
     """Row 3."""
     size = bench.size
     for workers in (1, 4, 16):
-        options = {"workers": workers, "limit_s": size.ask_limit_s}
-        mine = _measured(ours.asks, acts=size.asks, **options)
-        floor = _measured(floors.transactions, acts=4 * size.asks, **options)
-        others = {}
-        for kind in ("sqlite", "journal") if bench.has_peers else ():
-            bench.say(f"  Optuna on {kind}, {workers} workers")
-            others[f"Optuna, {kind}"] = _measured(peers.asks, kind=kind, acts=size.asks, **options)
-        yield _rates(workers, mine, floor, others)
-        yield _latencies(workers, mine, floor, others)
+        acts = {"sweeper": ours.asks, "floor": floors.transactions}
+        if bench.has_peers:
+            acts |= {f"Optuna, {kind}": partial(peers.asks, kind) for kind in ("sqlite", "journal")}
+        answers: dict[str, Answers] = {name: [] for name in acts}
+        for _, (name, act) in product(range(size.ask_repeats), acts.items()):
+            bench.say(f"  {name}, {workers} workers")
+            count = 4 * size.asks if name == "floor" else size.asks
+            answers[name].append(_measured(act, workers=workers, acts=count, limit_s=size.ask_limit_s))
+        mine, floor = answers.pop("sweeper"), answers.pop("floor")
+        yield _rates(workers, mine, floor, answers)
+        yield _latencies(workers, mine, floor, answers)
 
 
 def _measured(act: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
@@ -131,13 +140,12 @@ def _measured(act: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str,
         return {"error": str(error)}
 
 
-def _cell(answer: dict[str, Any], key: str, scale: float = 1.0) -> Cell:
-    return Missing(answer["error"]) if "error" in answer else Series((scale * answer[key],))
+def _cell(answers: Answers, key: str, scale: float = 1.0) -> Cell:
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    return Missing(errors[0]) if errors else Series(tuple(scale * answer[key] for answer in answers))
 
 
-def _rates(
-    workers: int, mine: dict[str, Any], floor: dict[str, Any], others: dict[str, dict[str, Any]]
-) -> Line:
+def _rates(workers: int, mine: Answers, floor: Answers, others: dict[str, Answers]) -> Line:
     def reached(ours: Series, floor: Cell, peers: dict[str, Cell]) -> bool | None:
         journal = peers.get("Optuna, journal")
         is_ahead = ours.median > journal.median if isinstance(journal, Series) else True
@@ -149,9 +157,7 @@ def _rates(
     return Line("3", title, "per s", _cell(mine, "rate_per_s"), _cell(floor, "rate_per_s"), goal, cells)
 
 
-def _latencies(
-    workers: int, mine: dict[str, Any], floor: dict[str, Any], others: dict[str, dict[str, Any]]
-) -> Line:
+def _latencies(workers: int, mine: Answers, floor: Answers, others: dict[str, Answers]) -> Line:
     def reached(ours: Series, floor: Cell, peers: dict[str, Cell]) -> bool | None:
         journal = peers.get("Optuna, journal")
         return ours.median <= journal.median / 2 if workers == 16 and isinstance(journal, Series) else None

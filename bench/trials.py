@@ -37,8 +37,8 @@ def cost_ms(contender: Contender, *, trials: int, training_s: float, timeout_s: 
 
 
 def paces(ends: list[float]) -> list[float]:
-    """Seconds per trial in up to WINDOWS windows of equal size."""
-    size = max(1, (len(ends) - 1) // WINDOWS)
+    """Seconds per trial in up to WINDOWS windows of equal size; trials of some peers end in pairs or fours."""
+    size = max(2 * WORKERS, (len(ends) - 1) // WINDOWS // WORKERS * WORKERS)
     marks = ends[::size]
     return [(after - before) / size for before, after in pairwise(marks)]
 

@@ -41,6 +41,8 @@ MAX_MANIFEST_BYTES = 4 << 20
 _STEP_NAME = re.compile(r"step_([0-9]{8,12})\Z")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 _CHUNK_BYTES = 8 << 20
+_SMALL_BYTES = 64 << 10
+_COLLECT_BYTES = 1 << 20
 
 Lineage = tuple[tuple[int, int], ...]
 """(lease_epoch, step it started from) of each attempt that led here, oldest first."""
@@ -133,7 +135,12 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _has_sound_values(manifest: Manifest) -> bool:
-    numbers = [manifest.step, manifest.lease_epoch, manifest.world_size, *(size for size, _ in manifest.files.values())]
+    numbers = [
+        manifest.step,
+        manifest.lease_epoch,
+        manifest.world_size,
+        *(size for size, _ in manifest.files.values()),
+    ]
     if manifest.parent_step is not None:
         numbers.append(manifest.parent_step)
     return all(type(number) is int and number >= 0 for number in numbers)
@@ -151,21 +158,34 @@ class DigestingFile:
         self.size_bytes = 0
         self.refused: OSError | None = None
         self._hasher = blake3()
+        self._collected = bytearray()  # torch.save writes a hundred small pieces for each large one
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
     def write(self, data: bytes | memoryview) -> int:
         size = memoryview(data).nbytes
+        self.size_bytes += size
+        if size >= _SMALL_BYTES:
+            self.flush()
+            self._put(data)
+        else:
+            self._collected += data
+            if len(self._collected) >= _COLLECT_BYTES:
+                self.flush()
+        return size
+
+    def flush(self) -> None:
+        """Hand what was collected to the kernel; `close_durably` is what counts."""
+        collected, self._collected = self._collected, bytearray()
+        if collected:
+            self._put(collected)
+
+    def _put(self, data: bytes | bytearray | memoryview) -> None:
         try:
             fsops.write_all(self._fd, data, self.path)
         except OSError as error:
             self.refused = error
             raise
         self._hasher.update(data)
-        self.size_bytes += size
-        return size
-
-    def flush(self) -> None:
-        """Nothing is buffered here; `close_durably` is what counts."""
 
     def close(self) -> None:
         """Close what will not be used."""
@@ -174,6 +194,7 @@ class DigestingFile:
     def close_durably(self) -> str:
         """fsync, close, and return the digest of everything written."""
         try:
+            self.flush()
             fsops.fsync_file(self._fd, self.path)
         finally:
             os.close(self._fd)
@@ -214,7 +235,8 @@ class Draft:
             if file.refused is not None:
                 raise file.refused from None
             raise
-        self.files[name] = (file.size_bytes, file.close_durably())
+        digest_hex = file.close_durably()
+        self.files[name] = (file.size_bytes, digest_hex)
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Write one small file."""
@@ -450,7 +472,7 @@ def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
-    with os.fdopen(fd, "rb", buffering=0) as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointRefused(f"{path.name} is not a regular file")
@@ -458,12 +480,12 @@ def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> bytes:
             raise CheckpointRefused(
                 f"{path.name} has {status.st_size} bytes instead of {size}", why="a torn write?"
             )
-        try:
+        with open(fd, "rb", buffering=0, closefd=False) as file:
             data, found = _read_and_digest(file, size, keep=keep)
-        except OSError as error:
-            raise CheckpointRefused(
-                f"{path.name} cannot be read", why=error.strerror or str(error)
-            ) from error
+    except OSError as error:
+        raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
+    finally:
+        os.close(fd)
     if found != expected:
         raise CheckpointRefused(f"{path.name} has the wrong digest", why="damaged on disk or a torn write")
     return data

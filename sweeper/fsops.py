@@ -61,7 +61,7 @@ def write_new(path: Path, data: bytes, *, fsync: bool = True) -> None:
         os.close(fd)
 
 
-def write_all(fd: int, data: bytes | memoryview, path: Path) -> None:
+def write_all(fd: int, data: bytes | bytearray | memoryview, path: Path) -> None:
     """Write all of `data`, however often the kernel takes only a part of it."""
     probe("write", path)
     view = memoryview(data)

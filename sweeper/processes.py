@@ -51,7 +51,11 @@ def identify(pid: int | None = None) -> ProcessId:
 
 
 def kill_leftovers(
-    processes: Iterable[ProcessId], *, attempt_tag: str, wait_s: float = 5.0, among: Iterable[int] | None = None
+    processes: Iterable[ProcessId],
+    *,
+    attempt_tag: str,
+    wait_s: float = 5.0,
+    among: Iterable[int] | None = None,
 ) -> list[int]:
     """End with SIGKILL what is left of an attempt on this machine, and wait until it is gone.
 

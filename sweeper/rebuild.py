@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, processes, rundir
-from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, NotFound, SweeperError
+from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotFound, SweeperError
 from sweeper.records import ProcessId, Run
+from sweeper.recovery import MAX_FLOAT, final_state
 from sweeper.rundir import Damaged, Identity
 from sweeper.states import State
 from sweeper.store import NewSweep, Proposal, Restored, Store, create_database
 from sweeper.tracking import read_rows
+
+MAX_TRIALS = 1_000_000
+"""A larger number in a run.json is damage: every number below it becomes a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +34,19 @@ class Found:
     identity: Identity
     result: dict[str, Any] | None
     config: dict[str, Any]
+    space: dict[str, str]
+
+    @property
+    def state(self) -> State | None:
+        """The final state it ended in. A result older than anything else there is a fenced owner's."""
+        is_last = self.result is not None and self.result.get("lease_epoch") == rundir.largest_epoch(self.directory)
+        return final_state(self.result) if self.result is not None and is_last else None
 
 
 def main(directory: Path, *, storage: str, data_dir: Path) -> int:
     """Rebuild every sweep below a data directory, or one sweep's directory.
+
+    Everything is read and checked before anything is written.
 
     Raises:
         NotFound: There is no run directory.
@@ -41,43 +54,67 @@ def main(directory: Path, *, storage: str, data_dir: Path) -> int:
     """
     only = _one_sweep(directory)
     data_dir = directory.resolve().parents[1] if only is not None else directory
-    found: dict[str, list[Found]] = defaultdict(list)
-    damaged = []
-    for run_dir in rundir.run_dirs(data_dir, only):
-        _refuse_living_owner(run_dir)
-        try:
-            entry = read(run_dir)
-        except (Damaged, FileNotFoundError, SweeperError) as error:
-            damaged.append(run_dir)
-            print(f"sweeper: {run_dir} is left out: {error}", file=sys.stderr)
-            continue
-        found[entry.identity.sweep].append(entry)
+    found, is_whole = _find(data_dir, only)
     if not found:
         raise NotFound(
             f"there is no run directory below {directory}",
             do="Name a data directory, or <data_dir>/sweep/<sweep>.",
         )
+    restored = []
+    for name, entries in sorted(found.items()):
+        try:
+            restored.append(restore(name, entries, data_dir))
+        except ConfigError as error:
+            is_whole = _leave_out(data_dir / "sweep" / name, error)
     create_database(storage)
     store = Store(storage)
-    for name, entries in sorted(found.items()):
-        if store.find_sweep(name) is not None:
+    for sweep in restored:
+        if store.find_sweep(sweep.new.name) is not None:
             raise SweeperError(
-                f"the database knows sweep {name!r} already",
+                f"the database knows sweep {sweep.new.name!r} already",
                 why="rebuild makes a lost one anew",
                 do="Move the database file away first, or name a new one with --storage.",
             )
-        restored = restore(name, entries, data_dir)
-        store.restore(restored)
-        open_runs = sum(1 for run in restored.runs if not run.state.is_final)
+    for sweep in restored:
+        store.restore(sweep)
+        open_runs = sum(1 for run in sweep.runs if not run.state.is_final)
         print(
-            f"sweep {name}: {len(restored.runs)} runs, {open_runs} of them incomplete; go on with: python -m sweeper resume {name}"
+            f"sweep {sweep.new.name}: {len(sweep.runs)} runs, {open_runs} of them incomplete; go on with: python -m sweeper resume {sweep.new.name}"
         )
-    return EXIT_NOT_WELL if damaged else EXIT_OK
+    store.close()
+    return EXIT_OK if is_whole else EXIT_NOT_WELL
 
 
 def _one_sweep(directory: Path) -> str | None:
     real = directory.resolve()
     return real.name if real.parent.name == "sweep" and (real / "runs").is_dir() else None
+
+
+def _find(data_dir: Path, only: str | None) -> tuple[dict[str, list[Found]], bool]:
+    """The runs below a data directory by sweep, and whether none had to be left out."""
+    found: dict[str, list[Found]] = defaultdict(list)
+    is_whole = True
+    for link in _links(data_dir, only):
+        is_whole = _leave_out(link, "it is a symbolic link")
+    for run_dir in rundir.run_dirs(data_dir, only):
+        _refuse_living_owner(run_dir)
+        try:
+            entry = read(run_dir)
+        except (FileNotFoundError, SweeperError) as error:
+            is_whole = _leave_out(run_dir, error)
+        else:
+            found[entry.identity.sweep].append(entry)
+    return found, is_whole
+
+
+def _links(data_dir: Path, only: str | None) -> list[Path]:
+    runs = (data_dir / "sweep").glob(f"{only or '*'}/runs/*")
+    return sorted(path for path in runs if rundir.RUN_ID.match(path.name) and path.is_symlink())
+
+
+def _leave_out(path: Path, why: object) -> bool:
+    print(f"sweeper: {path} is left out: {why}", file=sys.stderr)
+    return False
 
 
 def _refuse_living_owner(run_dir: Path) -> None:
@@ -89,6 +126,8 @@ def _refuse_living_owner(run_dir: Path) -> None:
         )  # fmt: skip
     except (FileNotFoundError, Damaged, KeyError):
         return
+    if type(owner.pid) is not int or not 0 < owner.pid < 2**31:
+        return  # nothing we wrote
     if processes.proof_of_death(owner) is None:
         raise SweeperError(
             f"run {run_dir.name} may still have an owner (process {owner.pid} on {owner.host})",
@@ -97,99 +136,151 @@ def _refuse_living_owner(run_dir: Path) -> None:
 
 
 def read(run_dir: Path) -> Found:
-    """Read what a run directory says of its run. Raises Damaged."""
+    """Read what a run directory says of its run.
+
+    Raises:
+        FileNotFoundError: It has no run.json or config.yaml.
+        Damaged: One of them is not what was written.
+    """
+    identity = rundir.read_identity(run_dir)
+    if identity.sweep != run_dir.parent.parent.name:
+        raise Damaged(f"{run_dir} lies in the directory of another sweep")
+    if identity.trial >= MAX_TRIALS:
+        raise Damaged(f"{run_dir / rundir.RUN_FILE} has trial number {identity.trial}")
+    config = _read_config(run_dir / rundir.CONFIG_FILE, identity.config_digest)
+    try:
+        space = _space_of(config, identity)
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise Damaged(f"{run_dir / rundir.CONFIG_FILE} is not a run's configuration", why=str(error)) from error
+    try:
+        result = rundir.read_result(run_dir)
+    except Damaged as error:
+        print(f"sweeper: {error}; {identity.run_id} is taken for incomplete", file=sys.stderr)
+        result = None
+    return Found(run_dir, identity, result, config, space)
+
+
+def _read_config(path: Path, digest: str) -> dict[str, Any]:
     import yaml
 
-    identity = rundir.read_identity(run_dir)
-    data = rundir.read_bytes(run_dir / rundir.CONFIG_FILE)
-    if checkpoints.digest(data) != identity.config_digest:
-        raise Damaged(f"{run_dir / rundir.CONFIG_FILE} is not the one this run began with")
-    if b"&" in data and any(
-        isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)
-    ):
-        raise Damaged(f"{run_dir / rundir.CONFIG_FILE} has YAML aliases, which are never written")
-    config = yaml.safe_load(data)
-    if not isinstance(config, dict) or not isinstance(config.get("sweep"), dict):
-        raise Damaged(f"{run_dir / rundir.CONFIG_FILE} is not a run's configuration")
-    return Found(run_dir, identity, rundir.read_result(run_dir), config)
+    data = rundir.read_bytes(path)
+    if checkpoints.digest(data) != digest:
+        raise Damaged(f"{path} is not the one this run began with")
+    try:
+        if b"&" in data and any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)
+        ):
+            raise Damaged(f"{path} has YAML aliases, which are never written")
+        config = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is not valid YAML", why=str(error).splitlines()[0]) from error
+    if not isinstance(config, dict):
+        raise Damaged(f"{path} is not a run's configuration")
+    return config
+
+
+def _space_of(config: dict[str, Any], identity: Identity) -> dict[str, str]:
+    """The space of the run's sweep, after a look at all that is made of its configuration."""
+    from sweeper.search import proposal, space_of
+
+    sweep = config["sweep"]
+    numbers, texts = (sweep["seed"], sweep["n_trials"]), (sweep["metric"], config["sampler"]["_target_"])
+    if sweep["direction"] not in ("minimize", "maximize") or sweep["name"] != identity.sweep:
+        raise ValueError("its sweep is another one")
+    if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("its values are of other types")
+    space = space_of(sweep["params"])
+    proposal(identity.trial, identity.params, space)
+    return space
 
 
 def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
-    """Sweep, trials, runs and lineage, as the database shall have them."""
-    from sweeper.search import distribution_of, grid, is_grid
+    """Sweep, trials, runs and lineage, as the database shall have them.
 
-    newest = max(entries, key=lambda entry: entry.identity.number)
-    config = {**newest.config}
+    Raises:
+        ConfigError: The sweep's grid cannot be walked.
+    """
+    from sweeper.search import grid, is_grid
+
+    entries = sorted(entries, key=lambda entry: entry.identity.number)
+    newest = entries[-1]
+    config = {**newest.config, "space": newest.space}
     sweep = config["sweep"]
-    config["space"] = {
-        key: distribution_of(key, str(value)) for key, value in sorted(sweep["params"].items())
-    }
-    points = grid(config["space"]) if is_grid(config["sampler"]) else []
+    points = grid(newest.space) if is_grid(config["sampler"]) else []
     # Trials of a grid are the points in order; a number without a directory waits again.
-    new = NewSweep(name, sweep["seed"], sweep["n_trials"], sweep["metric"], sweep["direction"], config)
-    runs = [_run(entry, entries, data_dir) for entry in sorted(entries, key=lambda e: e.identity.number)]
-    by_trial = {run.trial: run for run in runs}  # the newest of a trial decides
+    n_trials = min(sweep["n_trials"], len(points)) if points else sweep["n_trials"]
+    states = _states(entries)
+    runs = [_run(entry, states[entry.identity.run_id]) for entry in entries]
+    by_trial = {run.trial: run for run in runs}
     last = max(max(by_trial), len(points) - 1)
-    trials = [_trial(number, by_trial.get(number), points, config["space"]) for number in range(last + 1)]
+    by_id = {entry.identity.run_id: entry for entry in entries}
     return Restored(
-        new=new,
-        trials=trials,
+        new=NewSweep(name, sweep["seed"], n_trials, sweep["metric"], sweep["direction"], config),
+        trials=[_trial(number, by_trial.get(number), points, newest.space) for number in range(last + 1)],
         runs=runs,
-        values={
-            run.run_id: _value(entry)
-            for run in runs
-            for entry in entries
-            if entry.identity.run_id == run.run_id
-        },
-        reasons={e.identity.run_id: str((e.result or {}).get("reason", "")) for e in entries},
-        starts={
-            e.identity.run_id: sorted(checkpoints.known_starts(e.directory / rundir.CHECKPOINTS_DIR))
-            for e in entries
-        },
+        values={run_id: _value(entry) for run_id, entry in by_id.items()},
+        reasons={run_id: str((entry.result or {}).get("reason", "")) for run_id, entry in by_id.items()},
+        outcomes={run_id: _outcome(entry) for run_id, entry in by_id.items()},
+        starts={run_id: _starts(entry) for run_id, entry in by_id.items()},
         reports={
-            run.trial: _reports(data_dir / run.path, sweep["metric"]) for run in runs if run.state.is_final
+            run.trial: _reports(by_id[run.run_id].directory, sweep["metric"])
+            for run in runs
+            if run.state.is_final and _has_pruner(config)
         },
-        retried={str(e.identity.retry_of) for e in entries if e.identity.retry_of},
+        retried={entry.identity.retry_of for entry in entries if entry.identity.retry_of},
+        next_run=_next_run(newest.directory.parent),
     )
 
 
-def _run(entry: Found, entries: Iterable[Found], data_dir: Path) -> Run:
+def _states(entries: Sequence[Found]) -> dict[str, State]:
+    """One run decides each trial: the one that was finished, else the newest. The others are superseded."""
+    deciding: dict[int, Found] = {}
+    for entry in entries:
+        before = deciding.get(entry.identity.trial)
+        if before is None or before.state is None or entry.state is not None:
+            deciding[entry.identity.trial] = entry
+    return {
+        entry.identity.run_id: (entry.state or State.INTERRUPTED)
+        if deciding[entry.identity.trial] is entry
+        else State.SUPERSEDED
+        for entry in entries
+    }
+
+
+def _run(entry: Found, state: State) -> Run:
     identity = entry.identity
-    root = entry.directory / rundir.CHECKPOINTS_DIR
-    step = checkpoints.newest_valid(root, run_id=identity.run_id)
-    replaced = any(other.identity.replaces == identity.run_id for other in entries)
-    attempts = max(
-        [
-            1,
-            *(
-                int(log.stem.rpartition("_")[2])
-                for log in (entry.directory / rundir.LOGS_DIR).glob("attempt_*.log")
-                if log.stem.rpartition("_")[2].isdigit()
-            ),
-        ]
-    )
+    step = checkpoints.newest_valid(entry.directory / rundir.CHECKPOINTS_DIR, run_id=identity.run_id)
     return Run(
         run_id=identity.run_id, sweep_id=0, number=identity.number, trial_id=0, trial=identity.trial, params=identity.params,
         seed=identity.seed, threads=identity.threads, path=rundir.relative_path(identity.sweep, identity.number),
-        wandb_run_id=identity.wandb_run_id, state=_state(entry, is_replaced=replaced), lease_epoch=max(1, rundir.largest_epoch(entry.directory)),
-        attempts=attempts, global_step=step or 0, total_steps=None, checkpoint_step=step, replaces=identity.replaces, retry_of=identity.retry_of,
+        wandb_run_id=identity.wandb_run_id, state=state, lease_epoch=max(1, rundir.largest_epoch(entry.directory)),
+        attempts=_attempts(entry.directory), global_step=step or 0, total_steps=None, checkpoint_step=step,
+        replaces=identity.replaces, retry_of=identity.retry_of,
     )  # fmt: skip
 
 
-def _state(entry: Found, *, is_replaced: bool) -> State:
-    """The state on disk; of a chain of replacements only the newest stays open."""
-    if is_replaced:
-        return State.SUPERSEDED
-    try:
-        state = State(str((entry.result or {}).get("state")))
-    except ValueError:
-        return State.INTERRUPTED
-    return state if state.is_final and state is not State.SUPERSEDED else State.INTERRUPTED
+def _attempts(run_dir: Path) -> int:
+    numbers = (log.stem.rpartition("_")[2] for log in (run_dir / rundir.LOGS_DIR).glob("attempt_*.log"))
+    return max([1, *(int(number) for number in numbers if number.isdecimal() and len(number) < 9)])
+
+
+def _starts(entry: Found) -> list[tuple[int, int]]:
+    return sorted(checkpoints.known_starts(entry.directory / rundir.CHECKPOINTS_DIR))
 
 
 def _value(entry: Found) -> float | None:
-    value = (entry.result or {}).get("value")
-    return float(value) if isinstance(value, int | float) else None
+    return float(entry.result["value"]) if _is_number((entry.result or {}).get("value")) and entry.result else None
+
+
+def _outcome(entry: Found) -> str | None:
+    from sweeper.states import Outcome
+
+    told = (entry.result or {}).get("outcome")
+    return str(told) if entry.state is not None and told in set(Outcome) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) <= MAX_FLOAT)
 
 
 def _trial(number: int, run: Run | None, points: list[Proposal], space: dict[str, str]) -> Proposal:
@@ -200,9 +291,22 @@ def _trial(number: int, run: Run | None, points: list[Proposal], space: dict[str
     return points[number] if number < len(points) else Proposal(number, {}, {})
 
 
+def _next_run(runs_dir: Path) -> int:
+    """Above every number in use, whether or not its directory could be read."""
+    matches = (rundir.RUN_ID.match(path.name) for path in runs_dir.iterdir())
+    return 1 + max(int(match[2]) for match in matches if match)
+
+
+def _has_pruner(config: Mapping[str, Any]) -> bool:
+    pruner = config.get("pruner")
+    return isinstance(pruner, dict) and not str(pruner.get("_target_")).endswith(".NopPruner")
+
+
 def _reports(run_dir: Path, metric: str) -> dict[int, float]:
     """Reported values of the sweep's metric, by step, from the metrics log."""
-    path = run_dir / rundir.METRICS_FILE
-    if not path.is_file():
-        return {}
-    return {int(row["step"]): float(row[metric]) for row in read_rows(path) if metric in row}
+    found: dict[int, float] = {}
+    for row in read_rows(run_dir / rundir.METRICS_FILE):
+        step, value = row.get("step"), row.get(metric)
+        if type(step) is int and 0 <= step < 2**31 and value is not None and _is_number(value):
+            found.setdefault(step, float(value))
+    return found

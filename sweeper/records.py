@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sweeper.states import Outcome, State
@@ -129,4 +129,3 @@ class Ending:
     is_config: bool = False
     is_disk_fault: bool = False
     no_checkpoint: bool = False
-    refusals: tuple[str, ...] = field(default=())

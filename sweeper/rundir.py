@@ -25,6 +25,8 @@ MAX_TEXT_BYTES = 4 << 20
 SWEEP_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 RUN_ID = re.compile(r"([a-z0-9][a-z0-9_-]{0,63})\.r\.([0-9]{5,9})\Z")
 
+WANDB_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 OVERRIDES_FILE = "train_config_overrides.yaml"
@@ -84,16 +86,18 @@ def read_bytes(path: Path, *, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
         raise
     except OSError as error:
         raise Damaged(f"{path} cannot be read", why=error.strerror or str(error)) from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise Damaged(f"{path} is not a regular file")
         if status.st_size > limit_bytes:
             raise Damaged(f"{path} has {status.st_size} bytes, more than {limit_bytes} allowed")
-        try:
+        with open(fd, "rb", closefd=False) as file:
             return file.read(limit_bytes + 1)
-        except OSError as error:
-            raise Damaged(f"{path} cannot be read", why=error.strerror or str(error)) from error
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read", why=error.strerror or str(error)) from error
+    finally:
+        os.close(fd)
 
 
 def read_json(path: Path, *, limit_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
@@ -154,9 +158,26 @@ def read_identity(run_dir: Path) -> Identity:
         raise Damaged(f"{path} names run {identity.run_id!r}, but lies in {run_dir.name!r}")
     if match[1] != identity.sweep or int(match[2]) != identity.number:
         raise Damaged(f"{path} contradicts itself about sweep and number")
-    if not _are_params(identity.params) or not isinstance(identity.trial, int):
+    if identity.schema_version != SCHEMA_VERSION:
+        raise Damaged(f"{path} has schema {identity.schema_version}, not {SCHEMA_VERSION}")
+    if not _are_params(identity.params):
         raise Damaged(f"{path} has parameters that are not plain values")
+    if not _is_well_typed(identity):
+        raise Damaged(f"{path} has fields that are not what was written")
     return identity
+
+
+def _is_well_typed(identity: Identity) -> bool:
+    numbers = (identity.number, identity.trial, identity.seed, identity.threads)
+    texts = (identity.config_digest, identity.code_version, identity.created_at)
+    others = (identity.replaces, identity.retry_of)
+    return (
+        all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and all(other is None or (isinstance(other, str) and RUN_ID.match(other)) for other in others)
+        and isinstance(identity.wandb_run_id, str)
+        and bool(WANDB_RUN_ID.match(identity.wandb_run_id))
+    )
 
 
 def _are_params(params: object) -> bool:
@@ -199,6 +220,7 @@ def make_parents(run_dir: Path) -> None:
 # --- overrides -----------------------------------------------------------------------------
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
+_BEFORE_QUOTE = re.compile(r"(\\*)('|\Z)")  # only there does a backslash mean more than itself to Hydra
 _KEYWORDS = {"true", "false", "null", "nan", "inf"}
 
 
@@ -210,7 +232,7 @@ def override(key: str, value: ParamValue) -> str:
         return f"{key}={value!r}"
     if _PLAIN.match(value) and value.lower() not in _KEYWORDS:
         return f"{key}={value}"
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    quoted = _BEFORE_QUOTE.sub(lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"{key}='{quoted}'"
 
 
@@ -318,7 +340,8 @@ def move_result_aside(run_dir: Path, *, lease_epoch: int) -> Path:
         fsops.unlink(aside, missing_ok=True)
         fsops.fsync_dir(run_dir)
         raise Fenced(
-            f"run {run_dir.name} has the result of a newer owner", why=f"this attempt has lease epoch {lease_epoch}"
+            f"run {run_dir.name} has the result of a newer owner",
+            why=f"this attempt has lease epoch {lease_epoch}",
         )
     fsops.fsync_dir(run_dir)
     return aside

@@ -124,6 +124,16 @@ def _values(name: str, distribution: BaseDistribution) -> list[ParamValue]:
 # --- the space -----------------------------------------------------------------------------
 
 
+def space_of(params: Mapping[str, Any]) -> dict[str, str]:
+    """`sweep.params` → parameter: JSON of its distribution; a list is a choice. Raises ConfigError."""
+    return {key: distribution_of(key, _as_text(value)) for key, value in sorted(params.items())}
+
+
+def _as_text(value: Any) -> str:
+    return f"choice({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+
+
+@lru_cache(maxsize=1_000)
 def distribution_of(key: str, text: str) -> str:
     """One line of `sweep.params` in Hydra's override grammar → JSON of an Optuna distribution.
 
@@ -256,7 +266,9 @@ class Search:
             try:
                 known[name] = distribution.to_external_repr(distribution.to_internal_repr(value))
             except (ValueError, TypeError) as error:
-                warnings.warn(f"trial {number} waits with {name}={value!r}; sampled instead: {error}", stacklevel=2)
+                warnings.warn(
+                    f"trial {number} waits with {name}={value!r}; sampled instead: {error}", stacklevel=2
+                )
         return known
 
     def _sample(self, number: int, *, fixed: Params) -> tuple[Params, dict[str, Any]]:
@@ -267,7 +279,9 @@ class Search:
         study = self._study()
         with self._view.asking(trial):
             sampler.before_trial(study, trial)
-            relative = sampler.sample_relative(study, trial, self._relative_space(sampler, study, trial, fixed))
+            relative = sampler.sample_relative(
+                study, trial, self._relative_space(sampler, study, trial, fixed)
+            )
             for name, distribution in self._space.items():
                 if name in fixed:
                     value = fixed[name]

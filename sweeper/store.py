@@ -429,17 +429,7 @@ class Store:
         with self._transaction() as connection:
             if _execute(connection, "SELECT 1 FROM sweeper_sweep WHERE name=:n", n=new.name).first():
                 return False
-            study_id = _study(connection, new.name, new.direction)
-            _execute(
-                connection,
-                "INSERT INTO sweeper_sweep (name, study_id, seed, n_trials, metric, direction, config, created_at, is_cancelled) "
-                "VALUES (:name, :study, :seed, :n, :metric, :direction, :config, :now, :false)",
-                name=new.name, study=study_id, seed=new.seed, n=new.n_trials, metric=new.metric,
-                direction=new.direction, config=json.dumps(new.config), now=clock.wall_s(), false=False,
-            )  # fmt: skip
-            number = _next_trial(connection, study_id)
-            for offset, point in enumerate(new.grid):
-                _insert_trial(connection, study_id, number + offset, "WAITING", point)
+            _insert_sweep(connection, new)
         return True
 
     def update_sweep(self, name: str, *, n_trials: int, config: dict[str, Any]) -> None:
@@ -859,27 +849,21 @@ class Store:
 
     def restore(self, restored: Restored) -> None:
         """Write a rebuilt sweep in one transaction."""
-        new, now = restored.new, clock.wall_s()
-        self.create_sweep(new)
-        sweep = self.sweep(new.name)
+        now = clock.wall_s()
         with self._transaction() as connection:
-            newest = {run.trial: run for run in restored.runs}
-            ids = {}
-            for trial in restored.trials:
-                ids[trial.number] = _restore_trial(
-                    connection, sweep.study_id, trial, newest.get(trial.number), restored, now
-                )
+            sweep_id, study_id = _insert_sweep(connection, restored.new)
+            deciding = {run.trial: run for run in restored.runs if run.state is not State.SUPERSEDED}
+            ids = {
+                trial.number: _restore_trial(connection, study_id, trial, deciding.get(trial.number), restored, now)
+                for trial in restored.trials
+            }
             for run in restored.runs:
-                _restore_run(
-                    connection, replace(run, sweep_id=sweep.sweep_id, trial_id=ids[run.trial]), restored, now
-                )
-            last = max(run.number for run in restored.runs)
+                known = replace(run, sweep_id=sweep_id, trial_id=ids[run.trial])
+                _restore_run(connection, known, restored, now)
             _execute(
                 connection,
-                "UPDATE sweeper_sweep SET next_run=:n WHERE sweep_id=:s",
-                n=last + 1,
-                s=sweep.sweep_id,
-            )
+                "UPDATE sweeper_sweep SET next_run=:n WHERE sweep_id=:s", n=restored.next_run, s=sweep_id,
+            )  # fmt: skip
 
     # --- Optuna's view ---------------------------------------------------------------------
 
@@ -920,7 +904,8 @@ class Restored:
 
     Attributes:
         trials: Every number from 0 on; one without a run waits to be drawn.
-        values, reasons: By run id, from result.json.
+        next_run: Above the number of every directory there is, damaged ones included.
+        values, reasons, outcomes: By run id, from result.json.
         starts: By run id, (lease_epoch, start step) of its attempts, from the manifests.
         reports: By trial number, step → reported value.
         retried: Runs that a later trial retries.
@@ -931,9 +916,11 @@ class Restored:
     runs: Sequence[Run]
     values: Mapping[str, float | None]
     reasons: Mapping[str, str]
+    outcomes: Mapping[str, str | None]
     starts: Mapping[str, Sequence[tuple[int, int]]]
     reports: Mapping[int, Mapping[int, float]]
     retried: Set[str]
+    next_run: int
 
 
 def _restore_trial(
@@ -942,30 +929,32 @@ def _restore_trial(
     trial_id = _insert_trial(connection, study_id, trial.number, "RUNNING" if run else "WAITING", trial)
     for step, value in restored.reports.get(trial.number, {}).items():
         _insert_report(connection, trial_id, step=step, value=value, prune=False)
-    if run is not None and run.state.is_final and run.state is not State.SUPERSEDED:
+    if run is not None and run.state.is_final:
         _tell(connection, trial_id, run.state, restored.values[run.run_id], now)
     return trial_id
 
 
 def _restore_run(connection: Connection, run: Run, restored: Restored, now: float) -> None:
+    starts, outcome = restored.starts[run.run_id], restored.outcomes.get(run.run_id)
     _execute(
         connection,
-        "INSERT INTO sweeper_run (run_id, sweep_id, number, trial_id, trial, params, seed, threads, path, wandb_run_id, state, reason, value, "
+        "INSERT INTO sweeper_run (run_id, sweep_id, number, trial_id, trial, params, seed, threads, path, wandb_run_id, state, outcome, reason, value, "
         "lease_epoch, attempts, global_step, checkpoint_step, is_retried, replaces, retry_of, created_at, updated_at) VALUES "
-        "(:run_id, :sweep_id, :number, :trial_id, :trial, :params, :seed, :threads, :path, :wandb_run_id, :state, :reason, :value, "
+        "(:run_id, :sweep_id, :number, :trial_id, :trial, :params, :seed, :threads, :path, :wandb_run_id, :state, :outcome, :reason, :value, "
         ":lease_epoch, :attempts, :global_step, :checkpoint_step, :is_retried, :replaces, :retry_of, :now, :now)",
         run_id=run.run_id, sweep_id=run.sweep_id, number=run.number, trial_id=run.trial_id, trial=run.trial, params=json.dumps(run.params),
         seed=run.seed, threads=run.threads, path=run.path, wandb_run_id=run.wandb_run_id, state=str(run.state),
-        reason=restored.reasons.get(run.run_id), value=restored.values.get(run.run_id), lease_epoch=run.lease_epoch,
-        attempts=max(run.attempts, len(restored.starts[run.run_id])), global_step=run.global_step, checkpoint_step=run.checkpoint_step,
+        outcome=outcome, reason=restored.reasons.get(run.run_id), value=_finite(restored.values.get(run.run_id)), lease_epoch=run.lease_epoch,
+        attempts=max(run.attempts, len(starts)), global_step=run.global_step, checkpoint_step=run.checkpoint_step,
         is_retried=run.run_id in restored.retried, replaces=run.replaces, retry_of=run.retry_of, now=now,
     )  # fmt: skip
-    for number, (epoch, start) in enumerate(restored.starts[run.run_id], 1):
+    for number, (epoch, start) in enumerate(starts, 1):
+        ended = outcome if outcome and number == len(starts) else str(Outcome.LOST)
         _execute(
             connection,
             "INSERT INTO sweeper_attempt (run_id, attempt, lease_epoch, owner, started_at, start_step, outcome, reason) "
             "VALUES (:r, :a, :e, '{}', :now, :start, :o, 'rebuilt from the run directory')",
-            r=run.run_id, a=number, e=epoch, now=now, start=start, o=str(Outcome.LOST),
+            r=run.run_id, a=number, e=epoch, now=now, start=start, o=ended,
         )  # fmt: skip
 
 
@@ -1043,6 +1032,21 @@ def _reserve_number(connection: Connection, sweep_id: int) -> int:
     return int(after) - 1
 
 
+def _insert_sweep(connection: Connection, new: NewSweep) -> tuple[int, int]:
+    """Sweep, study and grid; returns the ids of the first two."""
+    study_id = _study(connection, new.name, new.direction)
+    sweep_id = _execute(
+        connection,
+        "INSERT INTO sweeper_sweep (name, study_id, seed, n_trials, metric, direction, config, created_at, is_cancelled) "
+        "VALUES (:name, :study, :seed, :n, :metric, :direction, :config, :now, :false) RETURNING sweep_id",
+        name=new.name, study=study_id, seed=new.seed, n=new.n_trials, metric=new.metric,
+        direction=new.direction, config=json.dumps(new.config), now=clock.wall_s(), false=False,
+    ).scalar_one()  # fmt: skip
+    for number, point in enumerate(new.grid):
+        _insert_trial(connection, study_id, number, "WAITING", point)
+    return int(sweep_id), study_id
+
+
 def _study(connection: Connection, name: str, direction: str) -> int:
     if _execute(connection, "SELECT 1 FROM studies WHERE study_name=:n", n=name).first():
         raise StorageError(
@@ -1075,7 +1079,9 @@ def _first_waiting(connection: Connection, study_id: int) -> int | None:
     # Whatever is asked for gets the largest number; a look at the last one spares a look at all.
     last = f"SELECT {asked_for} {waiting} ORDER BY t.number DESC LIMIT 1"
     if _execute(connection, last, s=study_id).scalar_one():
-        first = _execute(connection, f"SELECT min(t.number) {waiting} AND {asked_for}", s=study_id).scalar_one()
+        first = _execute(
+            connection, f"SELECT min(t.number) {waiting} AND {asked_for}", s=study_id
+        ).scalar_one()
     return first
 
 
@@ -1162,7 +1168,9 @@ def _tell(connection: Connection, trial_id: int, state: State, value: float | No
         "UPDATE trials SET state=:state, datetime_complete=:now WHERE trial_id=:t AND state='RUNNING'",
         state=OPTUNA_STATE[state], now=_optuna_time(now), t=trial_id,
     )  # fmt: skip
-    is_nan = value is not None and value != value  # a trial pruned at NaN has no value: Optuna knows no other way
+    is_nan = (
+        value is not None and value != value
+    )  # a trial pruned at NaN has no value: Optuna knows no other way
     if told.rowcount == 1 and value is not None and not is_nan and state in (State.COMPLETED, State.PRUNED):
         number, kind = _optuna_value(value)
         _execute(

@@ -147,7 +147,6 @@ class Attempt:
     pid: int | None = None
     step: int = 0
     said: Message | None = None
-    refusals: list[str] = field(default_factory=list)
     heard_at_s: float = field(default_factory=clock.awake_s)
     kill_reason: Ending | None = None
     exit_status: int | None = None
@@ -296,7 +295,6 @@ class Supervisor:
         elif kind == "progress":
             attempt.step = message["step"] if message.get("step") is not None else attempt.step
         elif kind == "refused":
-            attempt.refusals.append(f"step {message['step']}: {message['reason']}")
             self._log(
                 f"[RESUME] {run.run_id}: checkpoint step {message['step']} refused: {message['reason']}"
             )
@@ -407,13 +405,13 @@ class Supervisor:
         if attempt.kill_reason is not None:
             return attempt.kill_reason
         if attempt.said is not None:
-            return _told_ending(attempt.said, tuple(attempt.refusals))
+            return _told_ending(attempt.said)
         return silent_ending(
             attempt.exit_status, was_oom_killed=was_oom_killed, detail=last_lines(attempt.log_path)
         )
 
 
-def _told_ending(said: Message, refusals: tuple[str, ...]) -> Ending:
+def _told_ending(said: Message) -> Ending:
     kind, reason = said["kind"], said.get("reason", "")
     if kind == "result":
         return Ending(Outcome.COMPLETED, value=said["value"])
@@ -424,11 +422,13 @@ def _told_ending(said: Message, refusals: tuple[str, ...]) -> Ending:
     if kind == "fenced":
         return Ending(Outcome.FENCED, reason)
     if kind == "no_checkpoint":
-        return Ending(Outcome.CRASHED, reason, no_checkpoint=True, refusals=refusals)
+        return Ending(Outcome.CRASHED, reason, no_checkpoint=True)
     if said["is_config"]:
         return Ending(Outcome.PREEMPTED, reason, is_config=True)
     if said["is_disk_fault"]:
         return Ending(Outcome.LOST, reason, detail=said["detail"], is_disk_fault=True)
+    if said["is_lost"]:
+        return Ending(Outcome.LOST, reason, detail=said["detail"])
     return Ending(Outcome.OOM if said["is_oom"] else Outcome.CRASHED, reason, detail=said["detail"])
 
 

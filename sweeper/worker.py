@@ -447,7 +447,9 @@ def tidy_final(store: Store, sweep: Sweep, data_dir: Path) -> None:
         log(f"[RESUME] {run.run_id} is {run.state}; its marker had outlived it and is removed")
         tidy(run_dir, Lease(run.run_id, run.lease_epoch, ""))
         if run.state is State.SUPERSEDED and not (run_dir / rundir.RESULT_FILE).exists():
-            by = next((other.run_id for other in store.runs(sweep.sweep_id) if other.replaces == run.run_id), None)
+            by = next(
+                (other.run_id for other in store.runs(sweep.sweep_id) if other.replaces == run.run_id), None
+            )
             close_superseded(run_dir, lease_epoch=run.lease_epoch, by=by, reason="superseded")
         else:
             rundir.remove_marker(run_dir)

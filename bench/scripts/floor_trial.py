@@ -10,6 +10,7 @@ import os
 import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch._dynamo  # noqa: F401  (the first optimizer would import it in each child)
 
@@ -38,7 +39,7 @@ def connect(directory: Path) -> sqlite3.Connection:
     return connection
 
 
-def worker(directory: Path, trials: int, counter: object) -> None:
+def worker(directory: Path, trials: int, counter: Any) -> None:
     """Draw trials until none is left."""
     connection = connect(directory)
     while (number := draw(counter)) < trials:
@@ -51,11 +52,11 @@ def worker(directory: Path, trials: int, counter: object) -> None:
         os.unlink(run_dir / "marker")
 
 
-def draw(counter: object) -> int:
+def draw(counter: Any) -> int:
     """The next number."""
-    with counter.get_lock():  # type: ignore[attr-defined]
-        counter.value += 1  # type: ignore[attr-defined]
-        return counter.value - 1  # type: ignore[attr-defined]
+    with counter.get_lock():
+        counter.value += 1
+        return int(counter.value) - 1
 
 
 def commit(connection: sqlite3.Connection, sql: str, values: tuple[object, ...]) -> None:

@@ -21,7 +21,8 @@ def trial(lr: float) -> float:
 if __name__ == "__main__":
     executor = submitit.AutoExecutor(folder=f"{sys.argv[1]}/logs", cluster="local")
     executor.update_parameters(timeout_min=5)
-    waiting, running = int(sys.argv[2]), []
+    waiting = int(sys.argv[2])
+    running: list[submitit.Job[float]] = []
     while waiting or running:
         running = [job for job in running if not job.done()]
         while waiting and len(running) < 2:

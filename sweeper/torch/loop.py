@@ -13,8 +13,15 @@ from torch.utils.data import DataLoader
 from sweeper import checkpoints, clock
 from sweeper.errors import CheckpointRefused
 from sweeper.torch.order import OrderedLoader
-from sweeper.torch.state import check_architecture, load_bytes, rng_state, saves, set_rng_state
-from sweeper.trainer.run import NoValidCheckpoint, Preempted, Run
+from sweeper.torch.state import (
+    check_architecture,
+    check_restorable,
+    load_bytes,
+    rng_state,
+    saves,
+    set_rng_state,
+)
+from sweeper.trainer.run import NoValidCheckpoint, Run
 
 MODEL_FILE = "model.pth"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -41,6 +48,7 @@ def resumable(run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **pa
     """
     loop = Loop(run, model=model, loader=loader, parts={k: v for k, v in parts.items() if v is not None})
     loop._restore()
+    run.at_end(loop._save_last)
     return loop
 
 
@@ -68,6 +76,9 @@ class Loop:
         self._saved_step = 0
         self._saved_at_s = clock.awake_s()
         self._row: dict[str, Any] = {}
+        self._is_replaying = False  # between a restore and the first batch: reported already
+        self._is_asked_to_save = False
+        self._has_saved = False
         self._every_steps = run.spec.checkpoint.get("every_n_steps")
         self._every_s = run.spec.checkpoint.get("every_s")
 
@@ -93,6 +104,7 @@ class Loop:
         self.total_steps = whole if max_steps is None else min(whole, max_steps)
         self._run.start(step=self.step, total_steps=self.total_steps)
         self._run.progress(self.step, total_steps=self.total_steps)
+        self._is_replaying = False
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
@@ -108,79 +120,97 @@ class Loop:
     def report(self, **metrics: Any) -> None:
         """Log numbers of this step: metrics log, W&B, TensorBoard, and the pruner.
 
-        Several calls in one step make one row. Tensors and NumPy numbers are read as floats.
-
-        Raises:
-            TrialPruned: The row holds the sweep's metric and the pruner stops the trial.
+        Several calls in one step make one row, written at the step boundary; there the pruner is
+        asked, if the row holds the sweep's metric. Tensors and NumPy numbers are read as floats.
         """
+        if self._is_replaying:
+            return
         self._row.update({name: _number(value) for name, value in metrics.items()})
         if self._run.spec.metric in metrics:
-            value = float(self._row[self._run.spec.metric])
-            better = min if self._run.spec.direction == "minimize" else max
-            self.best_value = value if self.best_value is None else better(self.best_value, value)
-        if self._run.spec.metric in metrics or self.step == self._saved_step:
+            self._note_best(float(self._row[self._run.spec.metric]))
+        if self.step == self._saved_step:  # outside the loop there is no boundary to come
             self._flush_row()
+
+    def save(self) -> None:
+        """Ask for a checkpoint at the boundary of this step, whatever the cadence says."""
+        self._is_asked_to_save = True
+
+    def _note_best(self, value: float) -> None:
+        if value != value:
+            return
+        better = min if self._run.spec.direction == "minimize" else max
+        self.best_value = value if self.best_value is None else better(self.best_value, value)
 
     # --- the step boundary -----------------------------------------------------------------
 
     def _boundary(self) -> None:
-        self._flush_row()
+        row_epoch = self.epoch
         if self.step_in_epoch == len(self._loader):
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self._flush_row(epoch=row_epoch)
         self._run.progress(self.step)
         reason = self._run.stop_reason
         if reason or self._is_due():
-            self.save()
+            self._save()
         if reason:
-            raise Preempted(reason)
+            raise self._run.preempted(reason)
 
     def _is_due(self) -> bool:
-        if self.step == self.total_steps:
+        if self.step == self.total_steps or self._is_asked_to_save:
             return True
         if self._every_steps and self.step - self._saved_step >= self._every_steps:
             return True
         return self._every_s is not None and clock.awake_s() - self._saved_at_s >= self._every_s
 
-    def _flush_row(self) -> None:
+    def _flush_row(self, *, epoch: int | None = None) -> None:
         row, self._row = self._row, {}
         if row:
-            self._run.log(self.step, {"epoch": self.epoch, **row})
+            self._run.log(self.step, {"epoch": self.epoch if epoch is None else epoch, **row})
 
     # --- saving and restoring --------------------------------------------------------------
 
-    def save(self) -> None:
-        """Commit a checkpoint of this very step, unless it is there already.
+    def _save(self, *, is_last: bool = False) -> None:
+        """Commit a checkpoint of this step, unless it is there already.
 
         Raises:
             Fenced: The run belongs to somebody else.
-            OSError: The disk refused and this was the last step; earlier ones are retried.
+            ConfigError: What was passed to `resumable` could never be restored.
+            OSError: The disk refused and this was the last step; earlier ones are tried again.
         """
+        self._is_asked_to_save = False
         if self.step == self._saved_step:
             return
         try:
             self._commit()
         except OSError as error:
-            if self.step == self.total_steps:
+            if is_last or self.step == self.total_steps:
                 raise
-            print(
-                f"[CHECKPOINT] step {self.step} could not be saved: {error}; the older one stands", flush=True
-            )
-            self._run.complain(f"checkpoint of step {self.step} could not be saved: {error}")
+            text = f"checkpoint of step {self.step} could not be saved: {error}; the older one stands"
+            print(f"[CHECKPOINT] {text}", flush=True)
+            self._run.complain(text)
         else:
             self._saved_step = self.step
         self._saved_at_s = clock.awake_s()
 
+    def _save_last(self) -> None:
+        """The last step of a run is always checkpointed: also after `break`, or when pruned."""
+        self._flush_row()
+        self._save(is_last=True)
+
     def _commit(self) -> None:
         run = self._run
-        offset = run.metrics.sync()
+        offset = run.sync_metrics()
         draft = run.draft(self.step)
         try:
             draft.add(MODEL_FILE, saves(self._model.state_dict()))
             draft.add(OPTIMIZER_FILE, saves({name: part.state_dict() for name, part in self._parts.items()}))
             draft.add(RNG_FILE, saves(rng_state()))
             draft.add_bytes(STATE_FILE, json.dumps(self._counters(offset), indent=2, sort_keys=True).encode())
+            if not self._has_saved:
+                check_restorable(draft.directory, (MODEL_FILE, OPTIMIZER_FILE))
             run.metrics.ensure_in_place()
             run.commit(draft)
+            self._has_saved = True
         except OSError:
             draft.discard()
             raise
@@ -209,6 +239,7 @@ class Loop:
                 run.refuse(checkpoints.step_of(directory), str(error))
                 continue
             run.resumed(self.step, refused=refused)
+            self._is_replaying = True
             return
         if run.was_ever_committed():
             raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from sweeper.errors import ConfigError
 
@@ -51,8 +60,29 @@ class EpochOrder(BatchSampler):
         return torch.randperm(self.size, generator=generator).tolist()
 
 
+class SeededSamples(Dataset[Any]):
+    """A data set whose every sample is drawn with generators seeded by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset[Any], order: EpochOrder) -> None:
+        self._dataset, self._order = dataset, order
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        seed = derived_seed(self._order.seed, "sample", self._order.epoch, index)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
+        return self._dataset[index]
+
+
 class OrderedLoader:
-    """The user's DataLoader with its order replaced by an `EpochOrder`; all else is kept.
+    """The user's DataLoader with its order replaced by an `EpochOrder`.
+
+    Its processes are started anew for each epoch. In them every sample is drawn from generators
+    seeded by (seed, epoch, index), so that random augmentation does not depend on which samples
+    the process had before; without processes the trainer's own generators are used, and restored.
 
     Raises:
         ConfigError: Its order cannot be repeated: an IterableDataset or a sampler of the user's.
@@ -63,7 +93,7 @@ class OrderedLoader:
         self._generator = torch.Generator()
         self._order = _order_of(loader, seed)
         self._loader = DataLoader(
-            loader.dataset,
+            SeededSamples(loader.dataset, self._order) if loader.num_workers else loader.dataset,
             batch_sampler=self._order,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
@@ -91,7 +121,11 @@ def _order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:
     if isinstance(loader.dataset, IterableDataset):
         raise ConfigError("an IterableDataset has no positions to return to", do="Use a map-style dataset.")
     batches, sampler = loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
-    is_random = type(sampler) is RandomSampler and not sampler.replacement
+    is_random = (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
     if type(batches) is not BatchSampler or not (is_random or type(sampler) is SequentialSampler):
         raise ConfigError(
             f"the loader's sampler {type(sampler or batches).__name__} cannot be resumed exactly",

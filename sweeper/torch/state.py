@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
 from sweeper.checkpoints import DigestingFile
-from sweeper.errors import CheckpointRefused
+from sweeper.errors import CheckpointRefused, ConfigError
 
 
 def rng_state() -> dict[str, Any]:
@@ -71,6 +72,23 @@ def load_bytes(name: str, data: bytes) -> Any:
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointRefused(f"{name} does not hold plain tensors", why=why[:300]) from error
+
+
+def check_restorable(directory: Path, names: Iterable[str]) -> None:
+    """Read a first checkpoint back before it counts.
+
+    Raises:
+        ConfigError: A state holds what `torch.load(weights_only=True)` will never return.
+    """
+    for name in names:
+        try:
+            load_bytes(name, (directory / name).read_bytes())
+        except CheckpointRefused as error:
+            raise ConfigError(
+                "what was passed to resumable() could never be restored",
+                why=str(error),
+                do="A state_dict may hold tensors, numbers, texts, lists and dicts; convert NumPy values with .item() or torch.from_numpy.",
+            ) from error
 
 
 def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module) -> None:

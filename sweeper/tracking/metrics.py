@@ -51,7 +51,9 @@ class MetricsLog:
         OSError: The disk refused; the file that was there is still there.
     """
 
-    def __init__(self, path: Path, *, offset: int = 0, check_lease: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, path: Path, *, offset: int = 0, check_lease: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = path
         self._check_lease = check_lease
         self.warning = ""

@@ -1,7 +1,7 @@
 """What one trainer process does: take its identity, train, and say how it ended.
 
 Called in a child of the warm server (`sweeper.trainer.server`), or in a plain process:
-`python -m sweeper.trainer.main FD`, which reads the spec from the socket first.
+`python -m sweeper.trainer.main FD LOG_FD`, which reads the spec from the socket first.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train_and_tell(spec: Spec, link: WorkerLink) -> int:
     run = Run(spec, link)
     try:
         verdict = _train(run)
-        run.keep_metrics()
+        run.finish()
     except Preempted as stop:
         link.tell("preempted", reason=str(stop))
         return EXIT_RELEASED
@@ -87,7 +87,10 @@ def _train(run: Run) -> Message:
     function, run.config = load_training(run.spec)
     prepare_process(run.spec)
     try:
-        return {"kind": "result", "value": checked_value(function(run.config.trainer, run))}
+        value = function(run.config.trainer, run)
+        if run.stopped is not None:
+            raise run.stopped  # the training swallowed it
+        return {"kind": "result", "value": checked_value(value)}
     except TrialPruned as stop:
         return {"kind": "pruned", "value": run.last_value, "reason": str(stop)}
     except Exception as error:
@@ -108,6 +111,7 @@ def _tell_error(error: BaseException, link: WorkerLink) -> int:
         is_config=isinstance(error, ConfigError),
         is_oom=is_out_of_memory(error),
         is_disk_fault=_is_disk_fault(error),
+        is_lost=_is_loader_killed(error),
     )
     return 1
 
@@ -118,6 +122,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def _is_loader_killed(error: BaseException) -> bool:
+    """Somebody killed a loader process; torch tells of it in the trainer as a RuntimeError."""
+    return isinstance(error, RuntimeError) and "is killed by signal: Killed" in str(error)
 
 
 def _is_disk_fault(error: BaseException) -> bool:

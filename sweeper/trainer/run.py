@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,6 +87,9 @@ class Run:
         self._metrics: MetricsLog | None = None
         self._has_started = False
         self._told_at = 0.0
+        self._stopped: Stop | None = None
+        self._at_end: list[Callable[[], None]] = []
+        self._unwritten: list[tuple[int, dict[str, Any]]] = []
         self._known_good: set[int] = set()
         self._parent_step: int | None = None
 
@@ -120,14 +123,37 @@ class Run:
             TrialPruned: The pruner stops this trial.
         """
         self.start()
-        self.metrics.write(step, row)
+        self._write(step, row)
         if self.spec.metric not in row:
             return
         self.last_value = float(row[self.spec.metric])
         if self.spec.has_pruner:
             answer = self._link.ask("report", step=step, value=self.last_value)
             if answer["prune"]:
-                raise TrialPruned(f"stopped by the pruner at step {step}")
+                self._stopped = TrialPruned(f"stopped by the pruner at step {step}")
+                raise self._stopped
+
+    def _write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write a row, or keep it until the disk takes it; no checkpoint is committed before that."""
+        is_first = not self._unwritten
+        self._unwritten.append((step, dict(row)))
+        try:
+            self.write_kept_rows()
+        except OSError as error:
+            if is_first:
+                self.complain(f"a row of step {step} could not be written: {error}; it is kept in memory")
+
+    def write_kept_rows(self) -> None:
+        """Write the rows that the disk has refused so far. Raises OSError while it still does."""
+        while self._unwritten:
+            step, row = self._unwritten[0]
+            self.metrics.write(step, row)
+            del self._unwritten[0]
+
+    def sync_metrics(self) -> int:
+        """Make every row durable and return the log's length in bytes. Raises OSError."""
+        self.write_kept_rows()
+        return self.metrics.sync()
 
     def keep_metrics(self) -> None:
         """Make the rows since the last checkpoint durable, in the file that is read.
@@ -137,7 +163,7 @@ class Run:
             OSError: The disk refused.
         """
         if self._metrics is not None:
-            self._metrics.sync()
+            self.sync_metrics()
             self._metrics.ensure_in_place()
 
     def _check_lease(self) -> None:
@@ -173,6 +199,26 @@ class Run:
     def stop_reason(self) -> str | None:
         """Why this attempt should stop at the next step boundary; None to go on."""
         return self._link.stop_reason
+
+    def preempted(self, reason: str) -> Stop:
+        """The exception that ends this attempt; it counts even if the training swallows it."""
+        self._stopped = Preempted(reason)
+        return self._stopped
+
+    @property
+    def stopped(self) -> Stop | None:
+        """What has stopped this training, if something has."""
+        return self._stopped
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Have `act` called once the training has returned or was pruned, before anything is told."""
+        self._at_end.append(act)
+
+    def finish(self) -> None:
+        """Do what was asked for at the end, and make the last rows durable."""
+        for act in self._at_end:
+            act()
+        self.keep_metrics()
 
     # --- checkpoints -----------------------------------------------------------------------
 

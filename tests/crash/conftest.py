@@ -11,7 +11,6 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-
 from crash import mini  # noqa: E402
 from crash.mini import Final, Place, Trace  # noqa: E402
 
@@ -51,7 +50,11 @@ def interrupted(fast_dir: Path, fresh: Place, undisturbed: tuple[Trace, Final]) 
     """A run that was killed just before its third checkpoint got its name: steps 2 and 4 are there."""
     trace, _ = undisturbed
     place = fresh.copy(fast_dir / "interrupted")
-    at = next(i for i, (operation, path) in enumerate(trace) if operation == "rename" and path.endswith("step_00000006"))
+    at = next(
+        i
+        for i, (operation, path) in enumerate(trace)
+        if operation == "rename" and path.endswith("step_00000006")
+    )
     assert mini.was_killed(mini.finish(place, probe=mini.KillAt(at)))
     assert [step for step, _ in mini.checkpoints.steps_on_disk(place.root())] == [4, 2]
     return place

@@ -19,7 +19,6 @@ import signal
 import sqlite3
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +30,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sweeper import checkpoints, fsops, rundir, search, supervisor, worker
+from sweeper import checkpoints, fsops, processes, rundir, search, supervisor, worker
 from sweeper.channel import Message
-from sweeper.checkpoints import void
 from sweeper.errors import SweeperError
 from sweeper.records import Ending, Lease, Run
 from sweeper.store import NewSweep, Store, create_database
@@ -45,7 +43,6 @@ torch.set_num_threads(1)
 
 SWEEP = "mini"
 FIRST_RUN = "mini.r.00000"
-NUM_STEPS = 6
 CASE_LIMIT_S = 60
 NUM_FORKS = 2
 FILES = ("model.pth", "optimizer.pt", "rng_state.pt", "state.json")
@@ -58,13 +55,13 @@ Trace = list[tuple[str, str]]
 
 
 def train(cfg: Any, run: Any) -> float:
-    """Six steps that use every generator; what a user would write."""
+    """Three steps an epoch, which use every generator; what a user would write."""
     x = torch.arange(24, dtype=torch.float32).reshape(12, 2) / 24
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4, shuffle=True)
     model = nn.Sequential(nn.Linear(2, cfg.width), nn.Dropout(0.25), nn.Linear(cfg.width, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9)
     loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
-    for inputs, targets in loop.batches(epochs=2):
+    for inputs, targets in loop.batches(epochs=cfg.epochs):
         noise = random.random() + float(np.random.rand()) + torch.rand(()).item()
         optimizer.zero_grad()
         loss = ((model(inputs) - targets) ** 2).mean() * (1 + noise / 10)
@@ -86,7 +83,7 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
         "sampler": {"_target_": "optuna.samplers.RandomSampler"},
         "pruner": {"_target_": "optuna.pruners.NopPruner"},
         "launcher": {"kind": "local", "n_workers": 1},
-        "trainer": {"_target_": "crash.mini.train", "lr": 0.1, "width": 3},
+        "trainer": {"_target_": "crash.mini.train", "lr": 0.1, "width": 3, "epochs": 2},
         "checkpoint": {"every_n_steps": 2, "every_s": None, "keep_last": 2},
         "retry": {"max_lost": 20, "max_crashed": 1, "max_oom": 0},
         "resume": {"mode": "auto", "on_invalid": "fresh"},
@@ -113,8 +110,8 @@ class StoreLink:
 
     def tell(self, kind: str, **data: Any) -> None:
         if kind == "refused":
-            self.refusals.append(f"{data['checkpoint']}: {data['reason']}")
-            worker.log(f"[RESUME] {data['checkpoint']} refused: {data['reason']}")
+            self.refusals.append(f"step {data['step']}: {data['reason']}")
+            worker.log(f"[RESUME] checkpoint step {data['step']} refused: {data['reason']}")
         elif kind == "complaint":
             worker.log(f"[CHECKPOINT] {data['text']}")
         elif kind != "progress":
@@ -237,17 +234,19 @@ def forked(function: Callable[[], int], *, log: Path) -> int:
 
 def start(function: Callable[[], int], *, log: Path) -> int:
     """Fork a child that runs `function` and exits with what it returns; returns its pid."""
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     code = 97
     try:
+        processes.die_with_parent(parent)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler is not for us
         signal.alarm(CASE_LIMIT_S)
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
         code = function()
     except BaseException:  # noqa: BLE001 - nothing may return into the frames of pytest
         traceback.print_exc()
@@ -303,6 +302,23 @@ class Tracing:
     def __call__(self, operation: str, path: Path) -> None:
         with open(self.target, "a") as file:
             file.write(json.dumps([operation, os.path.relpath(path, self.data_dir)]) + "\n")
+
+
+@dataclass(slots=True)
+class Watching:
+    """Prints which checkpoints there are when each new one is begun."""
+
+    root: Path
+
+    def __call__(self, operation: str, path: Path) -> None:
+        if operation == "mkdir" and path.name.startswith(".tmp-"):
+            steps = [step for step, _ in checkpoints.steps_on_disk(self.root)]
+            print("STEPS", json.dumps(steps), flush=True)
+
+    @staticmethod
+    def seen(place: Place) -> list[list[int]]:
+        lines = place.printed().splitlines()
+        return [json.loads(line.removeprefix("STEPS ")) for line in lines if line.startswith("STEPS ")]
 
 
 def traced(place: Place, target: Path) -> Trace:
@@ -370,14 +386,6 @@ def kind_of(operation: str, path: str) -> str:
     return f"{operation} {name}"
 
 
-def sites(trace: Trace) -> list[int]:
-    """The first two operations of each kind and the last: a sample that visits every line of code."""
-    found: dict[str, list[int]] = {}
-    for index, (operation, path) in enumerate(trace):
-        found.setdefault(kind_of(operation, path), []).append(index)
-    return sorted({index for kind in found.values() for index in (*kind[:2], kind[-1])})
-
-
 # --- many cases ------------------------------------------------------------------------------
 
 
@@ -429,7 +437,9 @@ class Final:
     def differs(self, other: Final) -> str | None:
         """What is wrong with `other`, the end of a disturbed run; None if nothing."""
         found = list(other.problems)
-        found += [f"{name} has other bytes" for name in self.files if self.files[name] != other.files.get(name)]
+        found += [
+            f"{name} has other bytes" for name in self.files if self.files[name] != other.files.get(name)
+        ]
         if self.metrics != other.metrics:
             found.append(f"metrics.jsonl is {other.metrics.decode(errors='replace')!r}")
         if self.value != other.value:
@@ -442,7 +452,7 @@ def final(place: Place) -> Final:
     runs = place.rows("SELECT * FROM sweeper_run ORDER BY number")
     last = runs[-1]
     problems = [*_wrong_rows(place, runs), *_wrong_files(place, runs)]
-    step_dir = place.root(last["run_id"]) / checkpoints.step_name(NUM_STEPS)
+    step_dir = place.root(last["run_id"]) / checkpoints.step_name(last["total_steps"] or 0)
     files = {name: (step_dir / name).read_bytes() if (step_dir / name).exists() else b"" for name in FILES}
     log = place.run_dir(last["run_id"]) / rundir.METRICS_FILE
     return Final(files, log.read_bytes() if log.exists() else b"", last["value"], problems)
@@ -487,7 +497,7 @@ def _wrong_files(place: Place, runs: list[dict[str, Any]]) -> Iterator[str]:
         if found.reason is not None:
             yield f"{found.directory.name}: {found.reason}"
     stages = rundir.read_json(place.root(last) / checkpoints.STAGES)["stages"]
-    if stages != [{"name": "train", "state": "completed", "global_step": NUM_STEPS}]:
+    if stages != [{"name": "train", "state": "completed", "global_step": runs[-1]["total_steps"]}]:
         yield f"the stages are {stages}"
 
 
@@ -495,11 +505,6 @@ def _is_in_shell(place: Place, path: Path) -> bool:
     """Below a directory that a superseder was killed in before it was a run's: a gap in the numbers."""
     run_dir = place.data_dir / Path(*path.relative_to(place.data_dir).parts[:4])
     return rundir.RUN_ID.match(run_dir.name) is not None and not (run_dir / rundir.RUN_FILE).exists()
-
-
-def pause(seconds: float = 0.001) -> None:
-    """Between two looks at a condition."""
-    time.sleep(seconds)
 
 
 def is_stopped(pid: int) -> bool:
@@ -511,6 +516,3 @@ def is_stopped(pid: int) -> bool:
 def read_pointer(root: Path) -> dict[str, Any]:
     """The pointer of a run."""
     return rundir.read_json(root / checkpoints.POINTER)
-
-
-__all__ = [name for name in dir() if not name.startswith("_") and name != "void"]

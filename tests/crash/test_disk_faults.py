@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from crash.mini import (
     FIRST_RUN,
     FailAt,
@@ -20,7 +20,6 @@ from crash.mini import (
     final,
     finish,
     kind_of,
-    sites,
 )
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EROFS)
@@ -31,7 +30,7 @@ def newest_committed(trace: Trace) -> int | None:
     """The newest step that was renamed into place in these operations, and is durable."""
     steps = [
         int(Path(path).name.removeprefix("step_"))
-        for (operation, path), after in zip(trace, trace[1:], strict=False)
+        for (operation, path), after in itertools.pairwise(trace)
         if operation == "rename" and Path(path).name.startswith("step_") and after[0] == "fsync_dir"
     ]
     return max(steps, default=None)
@@ -66,30 +65,29 @@ def failed_then_finished(base: Place, trace: Trace, end: Final, *, stays: bool, 
 
 def test_one_refused_operation(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(failed_then_finished(fresh, trace, end, stays=False), sites(trace)[1::8]) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=False), range(1, len(trace), 9)) == []
 
 
 def test_a_disk_that_stays_bad(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(failed_then_finished(fresh, trace, end, stays=True), sites(trace)[2::12]) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=True), range(2, len(trace), 15)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", range(len(ERRNOS)))
-@pytest.mark.parametrize("stays", [False, True])
-def test_every_error_at_operations_of_each_kind(
-    fresh: Place, undisturbed: tuple[Trace, Final], stays: bool, shift: int
-) -> None:
+def test_every_operation_refused_once(fresh: Place, undisturbed: tuple[Trace, Final], shift: int) -> None:
+    """Three times round, so that every operation meets every error."""
     trace, end = undisturbed
-    check = failed_then_finished(fresh, trace, end, stays=stays, shift=shift)
-    assert failures(check, sites(trace)) == []
+    check = failed_then_finished(fresh, trace, end, stays=False, shift=shift)
+    assert failures(check, range(len(trace))) == []
 
 
 @pytest.mark.slow
-def test_every_operation_refused_once(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
+def test_a_disk_that_stays_bad_from_every_operation_on(
+    fresh: Place, undisturbed: tuple[Trace, Final]
+) -> None:
     trace, end = undisturbed
-    check = failed_then_finished(fresh, trace, end, stays=False)
-    assert failures(check, range(len(trace))) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=True), range(len(trace))) == []
 
 
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(

@@ -171,8 +171,30 @@ def test_copy_prefix_copies_exactly_so_many_bytes(tmp_path: Path) -> None:
 # --- one door ----------------------------------------------------------------------------------
 
 _DURABLE = ("checkpoints", "rundir", "worker", "supervisor", "trainer/run", "trainer/main", "torch/loop")
-_OS_CALLS = {"rename", "replace", "link", "symlink", "mkdir", "makedirs", "rmdir", "unlink", "remove", "fsync", "truncate"}
-_PATH_CALLS = {"rename", "mkdir", "rmdir", "unlink", "touch", "write_text", "write_bytes", "symlink_to", "hardlink_to"}
+_OS_CALLS = {
+    "rename",
+    "replace",
+    "link",
+    "symlink",
+    "mkdir",
+    "makedirs",
+    "rmdir",
+    "unlink",
+    "remove",
+    "fsync",
+    "truncate",
+}
+_PATH_CALLS = {
+    "rename",
+    "mkdir",
+    "rmdir",
+    "unlink",
+    "touch",
+    "write_text",
+    "write_bytes",
+    "symlink_to",
+    "hardlink_to",
+}
 
 
 @pytest.mark.parametrize("module", _DURABLE)

@@ -63,7 +63,7 @@ def test_without_a_good_checkpoint_a_fresh_run_starts_or_the_run_fails_as_config
     assert failed.reason == "why (resume.on_invalid=fail)"
 
 
-@pytest.mark.parametrize("outcome", set(Outcome) - {Outcome.FENCED})
+@pytest.mark.parametrize("outcome", sorted(set(Outcome) - {Outcome.FENCED}))
 def test_every_decision_says_why(outcome: Outcome) -> None:
     assert "why" in decide(outcome).reason
 
