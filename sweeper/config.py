@@ -9,7 +9,7 @@ from typing import Any
 from sweeper.errors import ConfigError
 from sweeper.records import Params, ParamValue
 
-LAUNCH_ONLY = ("space", "stop_at")
+LAUNCH_ONLY = ("space", "stop_at", "command")
 """Keys that a launch adds to the stored configuration; a run's config.yaml has no use for them."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sweeper import processes, rundir
 from sweeper.errors import EXIT_OK, SweeperError
 from sweeper.records import Claim, Ending, ProcessId, Run
+from sweeper.report.hints import next_command
 from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store, upgrade_schema
 from sweeper.worker import settle
@@ -19,10 +20,8 @@ def retry(run_id: str, *, storage: str, data_dir: Path) -> int:
     """Queue a new trial with the parameters of a failed or cancelled run."""
     store = Store(storage)
     number = store.retry(run_id)
-    sweep = run_id.rpartition(".r.")[0]
-    print(
-        f"trial {number} waits with the parameters of {run_id}; start it with: python -m sweeper resume {sweep}"
-    )
+    command = next_command("resume", run_id.rpartition(".r.")[0], storage=storage, data_dir=data_dir)
+    print(f"trial {number} waits with the parameters of {run_id}; start it with: {command}")
     return EXIT_OK
 
 

@@ -17,6 +17,7 @@ from sweeper import checkpoints, processes, rundir
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotFound, SweeperError
 from sweeper.records import ProcessId, Run
 from sweeper.recovery import MAX_FLOAT, final_state
+from sweeper.report.hints import next_command
 from sweeper.rundir import Damaged, Identity
 from sweeper.states import State
 from sweeper.store import NewSweep, Proposal, Restored, Store, create_database
@@ -39,7 +40,9 @@ class Found:
     @property
     def state(self) -> State | None:
         """The final state it ended in. A result older than anything else there is a fenced owner's."""
-        is_last = self.result is not None and self.result.get("lease_epoch") == rundir.largest_epoch(self.directory)
+        is_last = self.result is not None and self.result.get("lease_epoch") == rundir.largest_epoch(
+            self.directory
+        )
         return final_state(self.result) if self.result is not None and is_last else None
 
 
@@ -77,9 +80,10 @@ def main(directory: Path, *, storage: str, data_dir: Path) -> int:
             )
     for sweep in restored:
         store.restore(sweep)
+        command = next_command("resume", sweep.new.name, storage=storage, data_dir=data_dir)
         open_runs = sum(1 for run in sweep.runs if not run.state.is_final)
         print(
-            f"sweep {sweep.new.name}: {len(sweep.runs)} runs, {open_runs} of them incomplete; go on with: python -m sweeper resume {sweep.new.name}"
+            f"sweep {sweep.new.name}: {len(sweep.runs)} runs, {open_runs} of them incomplete; go on with: {command}"
         )
     store.close()
     return EXIT_OK if is_whole else EXIT_NOT_WELL
@@ -151,7 +155,9 @@ def read(run_dir: Path) -> Found:
     try:
         space = _space_of(config, identity)
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise Damaged(f"{run_dir / rundir.CONFIG_FILE} is not a run's configuration", why=str(error)) from error
+        raise Damaged(
+            f"{run_dir / rundir.CONFIG_FILE} is not a run's configuration", why=str(error)
+        ) from error
     try:
         result = rundir.read_result(run_dir)
     except Damaged as error:
@@ -171,7 +177,7 @@ def _read_config(path: Path, digest: str) -> dict[str, Any]:
             isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)
         ):
             raise Damaged(f"{path} has YAML aliases, which are never written")
-        config = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        config = yaml.safe_load(data)  # HAZARD: the loader in C dies of deep nesting
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} is not valid YAML", why=str(error).splitlines()[0]) from error
     if not isinstance(config, dict):
@@ -269,7 +275,11 @@ def _starts(entry: Found) -> list[tuple[int, int]]:
 
 
 def _value(entry: Found) -> float | None:
-    return float(entry.result["value"]) if _is_number((entry.result or {}).get("value")) and entry.result else None
+    return (
+        float(entry.result["value"])
+        if _is_number((entry.result or {}).get("value")) and entry.result
+        else None
+    )
 
 
 def _outcome(entry: Found) -> str | None:

@@ -32,7 +32,8 @@ from sweeper.records import Claim, Ending, Lease, Params, ParamValue, ProcessId,
 from sweeper.recovery import MAX_BACK_OFF_S
 from sweeper.states import INCOMPLETE, OPTUNA_STATE, SETTLES, Event, Outcome, State, source, target
 
-BUSY_TIMEOUT_S = 60.0
+BUSY_TIMEOUT_S = 20.0
+_ALLOWS_NETWORK = "allow_network_file_system"
 NETWORK_FILE_SYSTEMS = frozenset(
     [
         "nfs",
@@ -212,6 +213,8 @@ def create_database(url: str, *, allow_network_file_system: bool = False) -> Non
             fcntl.flock(lock, fcntl.LOCK_EX)
             with _explained(url):
                 _create_schema(url, path)
+                if allow_network_file_system:
+                    _record_permission(url)
     except OSError as error:
         raise StorageError(
             f"the database {path} cannot be created",
@@ -280,6 +283,18 @@ def _revision(connection: Connection, table: str, names: Set[str]) -> str:
     return str(connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar_one_or_none() or "")
 
 
+def _record_permission(url: str) -> None:
+    """Remember that the user wants the file where it is, for every worker that opens it."""
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        _execute(
+            connection,
+            "INSERT INTO sweeper_meta VALUES (:k, '1') ON CONFLICT (key) DO NOTHING",
+            k=_ALLOWS_NETWORK,
+        )
+    engine.dispose()
+
+
 def _stamp(connection: Connection) -> None:
     connection.exec_driver_sql(
         f"CREATE TABLE {schema.VERSION_TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
@@ -324,8 +339,7 @@ class Store:
                     do="Start a sweep with `python -m sweeper launch +sweep=simple`, name the right one with --storage "
                     "or --data-dir, or make it anew from run directories with `sweeper rebuild DATA_DIR`.",
                 )
-            if not allow_network_file_system:
-                refuse_network_file_system(self._path)
+        self._allows_network = allow_network_file_system
         self._engine = make_engine(url)
         self._file = self._file_id()
         with _explained(url):
@@ -388,6 +402,8 @@ class Store:
                 do="Use the Optuna version range that sweeper requires (optuna>=5,<6).",
             )
         if self._path is not None:
+            if not (self._allows_network or _ALLOWS_NETWORK in recorded):
+                refuse_network_file_system(self._path)
             self._check_machine(recorded)
 
     def _check_machine(self, recorded: Mapping[str, str]) -> None:
@@ -854,7 +870,9 @@ class Store:
             sweep_id, study_id = _insert_sweep(connection, restored.new)
             deciding = {run.trial: run for run in restored.runs if run.state is not State.SUPERSEDED}
             ids = {
-                trial.number: _restore_trial(connection, study_id, trial, deciding.get(trial.number), restored, now)
+                trial.number: _restore_trial(
+                    connection, study_id, trial, deciding.get(trial.number), restored, now
+                )
                 for trial in restored.trials
             }
             for run in restored.runs:
@@ -868,7 +886,7 @@ class Store:
     # --- Optuna's view ---------------------------------------------------------------------
 
     def trials(self, study_id: int, *, after: int = -1, numbers: Sequence[int] = ()) -> list[TrialRow]:
-        """Trials of a study with number > `after` or in `numbers`, by number: three joined queries."""
+        """Trials of a study with number > `after` or in `numbers`, by number: four joined queries."""
         chosen = (
             "(number > :after"
             + (f" OR number IN ({', '.join(str(int(n)) for n in numbers)})" if numbers else "")
@@ -1236,7 +1254,7 @@ def _end_attempt(
         "WHERE run_id=:r AND lease_epoch=:e AND outcome IS NULL",
         now=now, o=str(ending.outcome), why=ending.reason, detail=ending.detail, step=step, r=run_id, e=epoch,
     )  # fmt: skip
-    column = _OURS.get(ending.outcome)
+    column = None if ending.is_disk_fault else _OURS.get(ending.outcome)
     count = f", {column}={column}+1" if column else ""
     committed = _execute(
         connection,

@@ -14,7 +14,7 @@ from sweeper import checkpoints, processes, rundir
 from sweeper.config import for_run, to_yaml
 from sweeper.records import Claim, Ending, Lease, Run, Sweep
 from sweeper.rundir import Identity
-from sweeper.search import Search, distribution_of, grid, is_grid
+from sweeper.search import Search, grid, is_grid, space_of
 from sweeper.states import Outcome, State
 from sweeper.store import NewSweep, Store, Suspect
 
@@ -62,13 +62,10 @@ def new(
             "name": name, "seed": seed, "n_trials": n_trials, "metric": "loss",
             "direction": direction, "params": dict(space),
         },
-        "space": {key: _distribution(key, text) for key, text in sorted(space.items())},
+        "space": space_of(space),
     }  # fmt: skip
     points = grid(config["space"]) if is_grid(sampling) else ()
     return NewSweep(name, seed, n_trials, "loss", direction, config, points)
-
-
-_distribution = lru_cache(distribution_of)  # Hydra's parser takes 10 ms a line
 
 
 def make(store: Store, name: str = "simple", **choices: Any) -> Sweep:

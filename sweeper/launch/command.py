@@ -15,6 +15,14 @@ from sweeper.records import Sweep
 from sweeper.states import INCOMPLETE
 from sweeper.store import Store, create_database
 
+OPTIONAL_VARIABLES = (
+    "SWEEPER_DATA_DIR",
+    "DATA_DIR",
+    "SWEEPER_STORAGE",
+    "SAVE_INTERVAL",
+    "KEEP_LAST",
+    "TF_DIR",
+)
 FLAGS = {"--dry-run": "is_dry", "--detach": "is_detached"}
 
 
@@ -44,18 +52,27 @@ def main(argv: list[str]) -> int:
 
         print(script(shell, verbs()), end="")
         return EXIT_OK
-    cfg = compose(rest)
-    if cfg is None:
+    composed = compose([*rest, "hydra.run.dir=."] if flags.is_dry else rest)
+    if composed is None:
         return EXIT_OK
     from sweeper.launch.settings import read
 
-    settings = read(cfg)
+    settings = read(composed[0], command=_again(rest, composed[1]))
     if flags.is_dry:
         return _dry_run(settings)
     sweep, store = prepare(settings)
     return start(
         sweep, store, storage=settings.storage, data_dir=settings.data_dir, is_detached=flags.is_detached
     )
+
+
+def _again(argv: list[str], overrides: list[str]) -> list[str]:
+    """The command line of this launch without what a repetition sets itself."""
+    given = [a for a in argv if a not in overrides]
+    kept = [
+        o for o in overrides if not o.lstrip("+").startswith(("sweep.name=", "sweep.n_trials=", "hydra."))
+    ]
+    return [*given, *kept]
 
 
 def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
@@ -74,13 +91,14 @@ def _shell_to_complete(argv: list[str]) -> str | None:
     return next((a.removeprefix("install=") for a in argv if asks and a.startswith("install=")), None)
 
 
-def compose(argv: list[str]) -> Any:
-    """Let Hydra read the command line; None when it only answered a question (--cfg, --help, …).
+def compose(argv: list[str]) -> tuple[Any, list[str]] | None:
+    """Configuration and overrides as Hydra reads them; None when it only answered (--cfg, --help, …).
 
     Raises:
         ConfigError: Hydra refused.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -88,7 +106,10 @@ def compose(argv: list[str]) -> Any:
 
     def task(cfg: Any) -> None:
         captured.append(cfg)
+        captured.append(list(HydraConfig.get().overrides.task))
 
+    for name in [name for name in OPTIONAL_VARIABLES if os.environ.get(name) == ""]:
+        del os.environ[name]  # set to nothing is not set
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["sweeper launch", *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing a traceback and exiting
@@ -105,7 +126,7 @@ def compose(argv: list[str]) -> Any:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before[1] is not None:
             os.environ["HYDRA_FULL_ERROR"] = before[1]
-    return captured[0] if captured else None
+    return (captured[0], captured[1]) if captured else None
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -137,9 +158,7 @@ def prepare(settings: Settings) -> tuple[Sweep, Store]:
     new = settings.new
     create_database(settings.storage, allow_network_file_system=settings.allow_network_file_system)
     store = Store(settings.storage, allow_network_file_system=settings.allow_network_file_system)
-    config = dict(new.config)
-    if new.config["sweep"]["stop_after_s"] is not None:
-        config["stop_at"] = store.now_s() + float(new.config["sweep"]["stop_after_s"])
+    config = _with_deadline(new.config, store)
     found = store.find_sweep(new.name)
     if found is None:
         _refuse_foreign_directories(settings)
@@ -151,6 +170,12 @@ def prepare(settings: Settings) -> tuple[Sweep, Store]:
     if new.config["resume"]["mode"] == "must":
         _must_resume(store, sweep, settings.data_dir)
     return sweep, store
+
+
+def _with_deadline(config: dict[str, Any], store: Store) -> dict[str, Any]:
+    """The configuration with the time until which this launch draws trials."""
+    after_s = config["sweep"]["stop_after_s"]
+    return {**config, "stop_at": None if after_s is None else store.now_s() + float(after_s)}
 
 
 def _refuse_foreign_directories(settings: Settings) -> None:
@@ -222,5 +247,5 @@ def resume(name: str, *, storage: str, data_dir: Path) -> int:
         if run.state.is_final:
             print(f"run {name} is {run.state}; there is nothing to resume", file=sys.stderr)
             return EXIT_OK if run.state == "completed" else EXIT_NOT_WELL
-    store.update_sweep(sweep.name, n_trials=sweep.n_trials, config=sweep.config)
+    store.update_sweep(sweep.name, n_trials=sweep.n_trials, config=_with_deadline(sweep.config, store))
     return start(store.sweep(sweep.name), store, storage=storage, data_dir=data_dir)

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from sweeper import clock
 from sweeper.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RELEASED, ConfigError
 from sweeper.launch.progress import Display, final_report
 from sweeper.launch.settings import thread_count
 from sweeper.reading import Reading
 from sweeper.records import Sweep
+from sweeper.report.hints import next_command
 
 QUICK_DEATH_S = 5.0
 MAX_QUICK_DEATHS = 5
@@ -59,8 +61,9 @@ def run(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_detache
     num_workers = max(1, min(int(launcher["n_workers"]), num_left))
     slots = _slots(sweep.name, num_workers, launcher, storage=storage, data_dir=data_dir)
     if is_detached:
-        return _detach(slots, sweep, data_dir)
-    return Local(sweep.name, slots, storage=storage, data_dir=data_dir).follow()
+        return _detach(slots, sweep, storage=storage, data_dir=data_dir)
+    stop_at_s = sweep.config.get("stop_at")
+    return Local(sweep.name, slots, storage=storage, data_dir=data_dir, stop_at_s=stop_at_s).follow()
 
 
 def _slots(
@@ -108,22 +111,26 @@ def _spawn(slot: Slot, sweep: str, *, stderr: int | None, stdin: int) -> None:
     slot.exit_code = None
 
 
-def _detach(slots: list[Slot], sweep: Sweep, data_dir: Path) -> int:
+def _detach(slots: list[Slot], sweep: Sweep, *, storage: str, data_dir: Path) -> int:
     log_path = data_dir / "sweep" / sweep.name / "workers.log"
     with open(log_path, "ab") as log:
         for slot in slots:
             _spawn(slot, sweep.name, stderr=log.fileno(), stdin=subprocess.DEVNULL)
             assert slot.process is not None
             print(f"worker {slot.name}: pid {slot.process.pid}")
-    print(f"log: {log_path}\nfollow with: python -m sweeper status {sweep.name} --watch")
+    follow = next_command("status", sweep.name, "--watch", storage=storage, data_dir=data_dir)
+    print(f"log: {log_path}\nfollow with: {follow}")
     return EXIT_OK
 
 
 class Local:
     """Follows the workers of one launch."""
 
-    def __init__(self, sweep: str, slots: list[Slot], *, storage: str, data_dir: Path) -> None:
+    def __init__(
+        self, sweep: str, slots: list[Slot], *, storage: str, data_dir: Path, stop_at_s: float | None
+    ) -> None:
         self._sweep, self._slots, self._storage, self._data_dir = sweep, slots, storage, data_dir
+        self._stop_at_s = stop_at_s
         self._stop: int | None = None
         self._selector = selectors.DefaultSelector()
         self._partial: dict[int, bytes] = {}
@@ -225,14 +232,18 @@ class Local:
         self._drain()
         if self._stop is not None:
             print(
-                f"sweep {self._sweep} was stopped; go on with: python -m sweeper resume {self._sweep}",
+                f"sweep {self._sweep} was stopped; go on with: {self._command('resume', self._sweep)}",
                 file=sys.stderr,
             )
             return EXIT_INTERRUPTED if self._stop == signal.SIGINT else EXIT_RELEASED
         codes = [slot.exit_code for slot in self._slots]
         if EXIT_CONFIG in codes:
             return EXIT_CONFIG
-        return final_report(self._sweep, storage=self._storage, data_dir=self._data_dir)
+        is_late = self._stop_at_s is not None and clock.wall_s() >= self._stop_at_s
+        return final_report(self._sweep, storage=self._storage, data_dir=self._data_dir, is_late=is_late)
+
+    def _command(self, *words: str) -> str:
+        return next_command(*words, storage=self._storage, data_dir=self._data_dir)
 
     def _drain(self) -> None:
         """Print what dead workers had still said."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, StorageError
 from sweeper.reading import Reading
 from sweeper.report import tables
+from sweeper.report.hints import next_command
 from sweeper.report.rows import run_rows
 from sweeper.report.status import sweep_line, sweep_view
 from sweeper.states import State
@@ -97,11 +99,15 @@ def _picture(progress: Any) -> Any:
     return Group(Text(head, style="bold"), grid)
 
 
-def final_report(sweep: str, *, storage: str, data_dir: Path) -> int:
-    """Print the table of trials and the best; returns 1 when a trial failed, else 0."""
+def final_report(sweep: str, *, storage: str, data_dir: Path, is_late: bool = False) -> int:
+    """Print the table of trials and the best; returns 1 when a trial failed or is missing, else 0.
+
+    `is_late`: the launch ended because of sweep.stop_after_s; then trials may be missing.
+    """
     with Reading(storage) as reading:
         runs = [run for run in reading.runs(sweep) if run["state"] != State.SUPERSEDED]
         progress = reading.progress(sweep)
+    say = partial(next_command, storage=storage, data_dir=data_dir)
     rows = run_rows(runs, data_dir=str(data_dir), now_s=time.time())
     print(tables.runs_table(rows))
     best = progress["best"]
@@ -109,8 +115,12 @@ def final_report(sweep: str, *, storage: str, data_dir: Path) -> int:
         print(
             f"\nbest {progress['metric']} {tables.number(best['value'])}: {best['run_id']} ({tables.short_params(best['params'])})"
         )
-        print(f"more: python -m sweeper best {sweep} · python -m sweeper show {best['run_id']}")
+        print("more: " + say("best", sweep) + "\n      " + say("show", best["run_id"]))
     failed = [run["run_id"] for run in runs if run["state"] == State.FAILED and not run["is_retried"]]
     if failed:
-        print(f"{len(failed)} failed: python -m sweeper show {failed[0]}", file=sys.stderr)
+        print(f"{len(failed)} failed: {say('show', failed[0])}", file=sys.stderr)
+    left = progress["counts"]["n_trials"] - progress["counts"]["done"]
+    if is_late and left and not failed:
+        print(f"{left} trials are left; go on with: {say('resume', sweep)}", file=sys.stderr)
+        return EXIT_OK
     return EXIT_NOT_WELL if failed or not progress["is_complete"] else EXIT_OK

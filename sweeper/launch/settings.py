@@ -13,14 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweeper.config import check_key
 from sweeper.errors import ConfigError
-from sweeper.search import distribution_of, grid, is_grid, make
+from sweeper.search import grid, is_grid, make, space_of
 from sweeper.store import NewSweep
 
 OURS = ("sampler", "pruner", "launcher", "checkpoint", "retry", "resume", "lease", "tracking", "sweep")
 """Groups a worker reads: resolved once, at the launch."""
-
-IDENTITY = ("space", "seed", "metric", "direction", "trainer")
-"""What may not change under a sweep's name."""
 
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
@@ -42,8 +39,12 @@ class Settings:
         return launcher
 
 
-def read(cfg: DictConfig) -> Settings:
+def read(cfg: DictConfig, *, command: list[str]) -> Settings:
     """Check the composed configuration and freeze it.
+
+    Args:
+        cfg: What Hydra composed.
+        command: The launch's arguments, for the command that trains a run again.
 
     Raises:
         ConfigError: Naming the key, what is wrong with it, and what to do.
@@ -58,11 +59,10 @@ def read(cfg: DictConfig) -> Settings:
     assert isinstance(storage, dict)
     sweep = config["sweep"]
     check_values(config)
-    config["space"] = {
-        key: distribution_of(key, _as_text(value)) for key, value in sorted(sweep["params"].items())
-    }
+    config["space"] = space_of(sweep["params"])
     for key in config["space"]:
         check_key(config, key)
+    config["command"] = command
     make(config["sampler"], kind="sampler", **_grid_arguments(config))
     make(config["pruner"], kind="pruner")
     points = grid(config["space"]) if is_grid(config["sampler"]) else ()
@@ -77,10 +77,6 @@ def read(cfg: DictConfig) -> Settings:
 
 def _grid_arguments(config: dict[str, Any]) -> dict[str, Any]:
     return {"search_space": {}} if is_grid(config["sampler"]) else {"seed": 0}
-
-
-def _as_text(value: Any) -> str:
-    return f"choice({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
 
 def freeze(cfg: DictConfig) -> dict[str, Any]:
@@ -184,13 +180,32 @@ def check_values(config: dict[str, Any]) -> None:
         )
     for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
         _need(isinstance(value, int) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
-    for key in ("heartbeat_s", "ttl_s"):
+    known = {"heartbeat_s", "ttl_s", "progress_s", "grace_s"}
+    _need(set(lease) == known, "lease", sorted(lease), f"It has {', '.join(sorted(known))}.")
+    for key in sorted(known):
+        least = 0 if key == "progress_s" else 1e-9
         _need(
-            isinstance(lease[key], int | float) and lease[key] > 0,
+            _is_number(lease[key]) and lease[key] >= least,
             f"lease.{key}",
             lease[key],
             "Use a number of seconds.",
         )
+    stop = sweep["stop_after_s"]
+    _need(
+        stop is None or (_is_number(stop) and stop > 0),
+        "sweep.stop_after_s",
+        stop,
+        "Use a number of seconds, or null.",
+    )
+    gpus = launcher.get("gpus_per_worker", 0)
+    _need(
+        isinstance(gpus, int) and gpus >= 0,
+        "launcher.gpus_per_worker",
+        gpus,
+        "Use a number of devices, 0 for none.",
+    )
+    board = config["tracking"]["tensorboard"]["enabled"]
+    _need(isinstance(board, bool), "tracking.tensorboard.enabled", board, "Use true or false.")
     _need(
         lease["ttl_s"] >= 3 * lease["heartbeat_s"],
         "lease.ttl_s",
@@ -214,6 +229,10 @@ def check_values(config: dict[str, Any]) -> None:
     from sweeper.tracking import TrackingSettings
 
     TrackingSettings.from_config(config["tracking"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _need(is_good: object, key: str, value: Any, do: str) -> None:

@@ -225,11 +225,12 @@ def best(sweep: str, *, storage: str, data_dir: Path, as_json: bool) -> int:
         row = reading.sweep(sweep)
         run = reading.best(sweep)
         attempts = reading.attempts(run["run_id"]) if run else []
+        command = reading.config(sweep).get("command") or [f"+sweep={sweep}"]
     if run is None:
         raise NotWell(
             f"sweep {sweep} has no completed trial yet", do=f"`sweeper status {sweep}` shows how far it is."
         )
-    report = best_report(row, run, attempts, data_dir=data_dir)
+    report = best_report(row, run, attempts, data_dir=data_dir, command=command)
     print(rows.to_json(report) if as_json else _best_text(report))
     for problem in report["problems"]:
         print(f"sweeper: {tables.escape(problem)}", file=sys.stderr)
@@ -237,7 +238,7 @@ def best(sweep: str, *, storage: str, data_dir: Path, as_json: bool) -> int:
 
 
 def best_report(
-    sweep: SweepRow, run: RunRow, attempts: list[AttemptRow], *, data_dir: Path
+    sweep: SweepRow, run: RunRow, attempts: list[AttemptRow], *, data_dir: Path, command: list[str]
 ) -> dict[str, Any]:
     """The best run's row of the contract, and `metric`, `direction`, `weights`, `command`, `problems`."""
     (row,) = rows.run_rows([run], data_dir=str(data_dir), now_s=clock.wall_s())
@@ -252,15 +253,20 @@ def best_report(
         "metric": sweep["metric"],
         "direction": sweep["direction"],
         "weights": str(places.relative(valid[0])) if valid else None,
-        "command": again(run, data_dir=data_dir),
+        "command": again(run, command),
         "problems": problems,
     }
 
 
-def again(run: RunRow, *, data_dir: Path) -> str:
-    """The shell command that trains this run's parameters once more, in a sweep of its own."""
+def again(run: RunRow, command: list[str]) -> str:
+    """The shell command that trains this run's parameters once more, in a sweep of its own.
+
+    Args:
+        run: Whose parameters.
+        command: The arguments its sweep was launched with, without name and number of trials.
+    """
     name = f"{run['sweep'][:58]}-again"
-    overrides = [f"+sweep={run['sweep']}", f"sweep.name={name}", "sweep.n_trials=1", "sweep.params={}"]
+    overrides = [*command, f"sweep.name={name}", "sweep.n_trials=1", "sweep.params={}"]
     overrides += [rundir.override(key, value) for key, value in run["params"].items()]
     return shlex.join(["python", "-m", "sweeper", "launch", *overrides])
 

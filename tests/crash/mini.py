@@ -34,6 +34,7 @@ from sweeper import checkpoints, fsops, processes, rundir, search, supervisor, w
 from sweeper.channel import Message
 from sweeper.errors import SweeperError
 from sweeper.records import Ending, Lease, Run
+from sweeper.search import Search
 from sweeper.store import NewSweep, Store, create_database
 from sweeper.torch import resumable
 from sweeper.trainer.main import train_and_tell
@@ -45,6 +46,7 @@ SWEEP = "mini"
 FIRST_RUN = "mini.r.00000"
 CASE_LIMIT_S = 60
 NUM_FORKS = 2
+OPTUNA = {"completed": "COMPLETE", "pruned": "PRUNED"}
 FILES = ("model.pth", "optimizer.pt", "rng_state.pt", "state.json")
 
 Probe = Callable[[str, Path], None]
@@ -67,7 +69,7 @@ def train(cfg: Any, run: Any) -> float:
         loss = ((model(inputs) - targets) ** 2).mean() * (1 + noise / 10)
         loss.backward()
         optimizer.step()
-        loop.report(train_loss=loss.item(), noise=noise)
+        loop.report(**{cfg.reports: loss.item()}, noise=noise)
     model.eval()
     with torch.no_grad():
         value = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean().item()
@@ -83,7 +85,7 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
         "sampler": {"_target_": "optuna.samplers.RandomSampler"},
         "pruner": {"_target_": "optuna.pruners.NopPruner"},
         "launcher": {"kind": "local", "n_workers": 1},
-        "trainer": {"_target_": "crash.mini.train", "lr": 0.1, "width": 3, "epochs": 2},
+        "trainer": {"_target_": "crash.mini.train", "lr": 0.1, "width": 3, "epochs": 2, "reports": "train_loss"},
         "checkpoint": {"every_n_steps": 2, "every_s": None, "keep_last": 2},
         "retry": {"max_lost": 20, "max_crashed": 1, "max_oom": 0},
         "resume": {"mode": "auto", "on_invalid": "fresh"},
@@ -99,8 +101,10 @@ class StoreLink:
     A poll looks at the lease itself, as `WorkerLink` looks at the deadline that stands for it.
     """
 
-    def __init__(self, store: Store, lease: Lease, on_start: Callable[[], None]) -> None:
-        self._store, self._lease, self._on_start = store, lease, on_start
+    def __init__(
+        self, store: Store, search: Search, run: Run, lease: Lease, on_start: Callable[[], None]
+    ) -> None:
+        self._store, self._search, self._run, self._lease, self._on_start = store, search, run, lease, on_start
         self.stop_reason: str | None = None
         self.said: Message | None = None
         self.refusals: list[str] = []
@@ -126,24 +130,35 @@ class StoreLink:
                 self._on_start()
         elif kind == "committed":
             self._store.record_checkpoint(self._lease, step=data["step"])
+        elif kind == "report":
+            return {"prune": self._judge(**data)}
         elif kind != "lease":
             raise AssertionError(f"the link does not know the question {kind}")
         return {}
 
 
+    def _judge(self, *, step: int, value: float) -> bool:
+        stored = self._store.verdict(self._run.trial_id, step)
+        if stored is not None:
+            return stored
+        prune, attrs = self._search.judge(self._run, step=step, value=value)
+        self._store.report(self._lease, self._run, step=step, value=value, prune=prune, system_attrs=attrs)
+        return prune
+
+
 class InlineSupervisor:
     """Runs the trainer's own code in this very process instead of supervising another."""
 
-    def __init__(self, store: Store, **_: object) -> None:
-        self._store = store
+    def __init__(self, store: Store, *, search: Search, **_: object) -> None:
+        self._store, self._search = store, search
 
     def run(
         self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]
     ) -> Ending:
-        link = StoreLink(self._store, lease, on_start)
+        link = StoreLink(self._store, self._search, run, lease, on_start)
         train_and_tell(spec, link)  # type: ignore[arg-type]  # it needs no more than a Link
         assert link.said is not None
-        return supervisor._told_ending(link.said, tuple(link.refusals))
+        return supervisor._told_ending(link.said)
 
     def reap(self) -> None:
         """There is nobody to reap."""
@@ -432,6 +447,8 @@ class Final:
     files: dict[str, bytes]
     metrics: bytes
     value: float
+    state: str
+    step: int
     problems: list[str] = field(default_factory=list)
 
     def differs(self, other: Final) -> str | None:
@@ -442,8 +459,9 @@ class Final:
         ]
         if self.metrics != other.metrics:
             found.append(f"metrics.jsonl is {other.metrics.decode(errors='replace')!r}")
-        if self.value != other.value:
-            found.append(f"the value is {other.value}, not {self.value}")
+        for name in ("state", "step", "value"):
+            if getattr(self, name) != getattr(other, name):
+                found.append(f"the {name} is {getattr(other, name)}, not {getattr(self, name)}")
         return "; ".join(found) or None
 
 
@@ -452,15 +470,20 @@ def final(place: Place) -> Final:
     runs = place.rows("SELECT * FROM sweeper_run ORDER BY number")
     last = runs[-1]
     problems = [*_wrong_rows(place, runs), *_wrong_files(place, runs)]
-    step_dir = place.root(last["run_id"]) / checkpoints.step_name(last["total_steps"] or 0)
+    step, step_dir = _newest(place, last["run_id"])
     files = {name: (step_dir / name).read_bytes() if (step_dir / name).exists() else b"" for name in FILES}
     log = place.run_dir(last["run_id"]) / rundir.METRICS_FILE
-    return Final(files, log.read_bytes() if log.exists() else b"", last["value"], problems)
+    return Final(files, log.read_bytes() if log.exists() else b"", last["value"], last["state"], step, problems)
+
+
+def _newest(place: Place, run_id: str) -> tuple[int, Path]:
+    found = checkpoints.steps_on_disk(place.root(run_id))
+    return found[0] if found else (0, place.root(run_id))
 
 
 def _wrong_rows(place: Place, runs: list[dict[str, Any]]) -> Iterator[str]:
     states = [run["state"] for run in runs]
-    if states != ["superseded"] * (len(runs) - 1) + ["completed"]:
+    if states[:-1] != ["superseded"] * (len(runs) - 1) or states[-1] not in OPTUNA:
         yield f"the runs are {states}"
     for run in runs:
         if run["owner_token"] is not None or run["lease_until"] is not None:
@@ -472,7 +495,7 @@ def _wrong_rows(place: Place, runs: list[dict[str, Any]]) -> Iterator[str]:
         if epochs != sorted(set(epochs)) or any(attempt["outcome"] is None for attempt in attempts):
             yield f"{run['run_id']} has the attempts {[(a['lease_epoch'], a['outcome']) for a in attempts]}"
     trials = place.rows("SELECT t.state, v.value FROM trials t LEFT JOIN trial_values v USING (trial_id)")
-    if trials != [{"state": "COMPLETE", "value": runs[-1]["value"]}]:
+    if trials != [{"state": OPTUNA.get(states[-1]), "value": runs[-1]["value"]}]:
         yield f"Optuna has the trials {trials}"
 
 
@@ -497,7 +520,7 @@ def _wrong_files(place: Place, runs: list[dict[str, Any]]) -> Iterator[str]:
         if found.reason is not None:
             yield f"{found.directory.name}: {found.reason}"
     stages = rundir.read_json(place.root(last) / checkpoints.STAGES)["stages"]
-    if stages != [{"name": "train", "state": "completed", "global_step": runs[-1]["total_steps"]}]:
+    if stages != [{"name": "train", "state": runs[-1]["state"], "global_step": _newest(place, last)[0]}]:
         yield f"the stages are {stages}"
 
 

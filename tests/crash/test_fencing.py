@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -75,9 +76,8 @@ def overtaken(base: Place, end: Final) -> Check:
 def without_drafts(found: Final) -> Final:
     """A fenced owner deletes nothing, its own unfinished files included: they count for nothing."""
     names = ("/.tmp-", ".tmp is left", "/.trash is left")
-    return Final(
-        found.files, found.metrics, found.value, [p for p in found.problems if not any(n in p for n in names)]
-    )
+    problems = [text for text in found.problems if not any(name in text for name in names)]
+    return dataclasses.replace(found, problems=problems)
 
 
 def test_a_woken_owner_changes_nothing(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:

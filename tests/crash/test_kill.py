@@ -17,6 +17,7 @@ from crash.mini import (
     final,
     finish,
     kind_of,
+    new_place,
     traced,
     was_killed,
 )
@@ -185,3 +186,26 @@ def test_kill_at_every_operation_of_adopting_a_result(
     assert "unlink mini.r.00000.incomplete" in names(adopting)
     assert "mkdir draft" not in names(adopting), "the result is adopted, nothing is trained again"
     assert failures(killed_then_finished(place, end), range(len(adopting))) == []
+
+
+# --- a run that is pruned --------------------------------------------------------------------
+
+
+def pruned_place(fast_dir: Path, name: str) -> tuple[Place, Trace, Final]:
+    """A sweep whose pruner stops the trial in the middle of its second epoch."""
+    pruner = {"_target_": "optuna.pruners.ThresholdPruner", "upper": 0.0, "n_warmup_steps": 4}
+    place = new_place(fast_dir / name, pruner=pruner, trainer={"reports": "loss"})
+    done = place.copy(fast_dir / f"{name}-done")
+    trace = traced(done, fast_dir / f"{name}.trace")
+    end = final(done)
+    assert end.problems == []
+    assert end.state == "pruned"
+    assert 1 < end.step < 6
+    return place, trace, end
+
+
+@pytest.mark.slow
+def test_kill_at_every_operation_of_a_pruned_run(fast_dir: Path) -> None:
+    """Steps that are replayed get the stored verdict; the run ends where it was stopped."""
+    place, trace, end = pruned_place(fast_dir, "pruned")
+    assert failures(killed_then_finished(place, end), range(len(trace))) == []
