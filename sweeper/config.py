@@ -21,6 +21,26 @@ def for_run(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
     return result
 
 
+FROM_LAUNCH = ("launcher", "tracking", "storage", "resume", "retry", "lease", "data_dir")
+"""What a resumed run takes from the new launch; everything else is its own."""
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What a resumed run keeps although today's launch says otherwise: `key: its own (today …)`."""
+    own, today = dict(_flat("", before)), dict(_flat("", after))
+    return [
+        f"{key}: {own.get(key)} (today {today.get(key)})"
+        for key in sorted(set(own) | set(today))
+        if own.get(key) != today.get(key) and not key.startswith((*FROM_LAUNCH, "sweep."))
+    ]
+
+
+def _flat(prefix: str, node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [item for key, value in node.items() for item in _flat(f"{prefix}{key}.", value)]
+    return [(prefix.rstrip("."), node)]
+
+
 def put(config: dict[str, Any], key: str, value: ParamValue) -> None:
     """Set a dotted key that exists already. Raises ConfigError, naming what there is instead."""
     node, last = check_key(config, key)

@@ -151,7 +151,7 @@ def read(run_dir: Path) -> Found:
         raise Damaged(f"{run_dir} lies in the directory of another sweep")
     if identity.trial >= MAX_TRIALS:
         raise Damaged(f"{run_dir / rundir.RUN_FILE} has trial number {identity.trial}")
-    config = _read_config(run_dir / rundir.CONFIG_FILE, identity.config_digest)
+    config = rundir.read_config(run_dir, identity.config_digest)
     try:
         space = _space_of(config, identity)
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
@@ -164,25 +164,6 @@ def read(run_dir: Path) -> Found:
         print(f"sweeper: {error}; {identity.run_id} is taken for incomplete", file=sys.stderr)
         result = None
     return Found(run_dir, identity, result, config, space)
-
-
-def _read_config(path: Path, digest: str) -> dict[str, Any]:
-    import yaml
-
-    data = rundir.read_bytes(path)
-    if checkpoints.digest(data) != digest:
-        raise Damaged(f"{path} is not the one this run began with")
-    try:
-        if b"&" in data and any(
-            isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)
-        ):
-            raise Damaged(f"{path} has YAML aliases, which are never written")
-        config = yaml.safe_load(data)  # HAZARD: the loader in C dies of deep nesting
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is not valid YAML", why=str(error).splitlines()[0]) from error
-    if not isinstance(config, dict):
-        raise Damaged(f"{path} is not a run's configuration")
-    return config
 
 
 def _space_of(config: dict[str, Any], identity: Identity) -> dict[str, str]:

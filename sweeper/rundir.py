@@ -180,6 +180,33 @@ def _is_well_typed(identity: Identity) -> bool:
     )
 
 
+def read_config(run_dir: Path, config_digest: str) -> dict[str, Any]:
+    """The run's composed configuration as plain values.
+
+    Raises:
+        FileNotFoundError: There is none.
+        Damaged: It is not the one with this digest, or not what we write.
+    """
+    import yaml
+    from blake3 import blake3
+
+    path = run_dir / CONFIG_FILE
+    data = read_bytes(path)
+    if blake3(data).hexdigest() != config_digest:
+        raise Damaged(f"{path} is not the one this run began with")
+    try:
+        if b"&" in data and any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)
+        ):
+            raise Damaged(f"{path} has YAML aliases, which are never written")
+        config = yaml.safe_load(data)  # HAZARD: the loader in C dies of deep nesting
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is not valid YAML", why=str(error).splitlines()[0]) from error
+    if not isinstance(config, dict):
+        raise Damaged(f"{path} is not a run's configuration")
+    return config
+
+
 def _are_params(params: object) -> bool:
     return isinstance(params, dict) and all(
         isinstance(key, str) and isinstance(value, str | int | float) for key, value in params.items()

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from sweeper import __version__, checkpoints, clock, processes, recovery, rundir
-from sweeper.config import for_run, to_yaml
+from sweeper.config import changes, for_run, to_yaml
 from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperError
 from sweeper.observer import Observer
 from sweeper.records import Claim, Ending, Lease, Run, Sweep
@@ -187,7 +187,13 @@ class Worker:
             log(f"[LEASE] {run.run_id}: taken over, {claim.reason}{ended}")
         # A superseder has just written this directory under the very epoch it claims.
         lease = claim.lease if claim.run.replaces and claim.is_new else self._raise_epoch(claim, run_dir)
-        identity = self._identity(run, run_dir)
+        try:
+            identity, config = self._own(claim, run_dir)
+        except Damaged as error:
+            self._finish(
+                run, lease, run_dir, Ending(Outcome.CRASHED, str(error), no_checkpoint=True), count=0
+            )
+            return
         decision = self._on_claim(claim, lease, run_dir)
         rundir.write_marker(
             run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now()
@@ -199,7 +205,20 @@ class Worker:
         elif run.lost_count > int(self._sweep.config["retry"]["max_lost"]):
             self._finish(run, lease, run_dir, Ending(Outcome.LOST, claim.reason), count=run.lost_count)
         else:
-            self._train(claim, lease, run_dir, identity)
+            self._train(claim, lease, run_dir, self._spec(run, lease, run_dir, identity, config))
+
+    def _own(self, claim: Claim, run_dir: Path) -> tuple[Identity, dict[str, Any]]:
+        """The run's identity and its own configuration. Raises Damaged when they cannot be trusted."""
+        identity = self._identity(claim.run, run_dir)
+        if claim.is_new:
+            return identity, self._sweep.config
+        try:
+            config = rundir.read_config(run_dir, identity.config_digest)
+        except FileNotFoundError as error:
+            raise Damaged(f"{run_dir / rundir.CONFIG_FILE} is gone") from error
+        for change in changes(config, for_run(self._sweep.config, claim.run.params)):
+            log(f"[RESUME] {claim.run.run_id} keeps its own {change}")
+        return identity, config
 
     def _raise_epoch(self, claim: Claim, run_dir: Path) -> Lease:
         on_disk = rundir.largest_epoch(run_dir) if run_dir.exists() else 0
@@ -257,11 +276,10 @@ class Worker:
             )
         return decision
 
-    def _train(self, claim: Claim, lease: Lease, run_dir: Path, identity: Identity) -> None:
+    def _train(self, claim: Claim, lease: Lease, run_dir: Path, spec: Spec) -> None:
         run = claim.run
         rundir.clean(run_dir)
         checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch)
-        spec = self._spec(run, lease, run_dir, identity)
         log_path = rundir.attempt_log(run_dir, run.attempts)
         ending = self._supervisor.run(
             run, lease, spec, log_path, on_start=lambda: self._track(run, lease, run_dir)
@@ -269,7 +287,9 @@ class Worker:
         count = self._store.budget_after(lease, ending.outcome)
         self._finish(run, lease, run_dir, ending, count=count)
 
-    def _spec(self, run: Run, lease: Lease, run_dir: Path, identity: Identity) -> Spec:
+    def _spec(
+        self, run: Run, lease: Lease, run_dir: Path, identity: Identity, config: dict[str, Any]
+    ) -> Spec:
         sweep = self._sweep
         return Spec(
             run_dir=str(run_dir.resolve()), run_id=run.run_id, sweep=sweep.name, trial=run.trial, params=run.params,
@@ -277,7 +297,7 @@ class Worker:
             config_digest=identity.config_digest, deadline_s=clock.boot_s() + self._times.fence_s,
             metric=sweep.metric, direction=sweep.direction, has_pruner=_has_pruner(sweep.config["pruner"]),
             was_committed=run.checkpoint_step is not None,
-            starts=[list(pair) for pair in self._store.starts(run.run_id)], checkpoint=sweep.config["checkpoint"],
+            starts=[list(pair) for pair in self._store.starts(run.run_id)], checkpoint=config["checkpoint"],
         )  # fmt: skip
 
     # --- after an attempt ------------------------------------------------------------------

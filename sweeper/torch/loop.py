@@ -73,6 +73,7 @@ class Loop:
         self._parts = dict(parts)
         self._loader = OrderedLoader(loader, seed=run.seed)
         self._rng: dict[str, Any] | None = None
+        self._last_report: tuple[int, float] | None = None
         self._saved_step = 0
         self._saved_at_s = clock.awake_s()
         self._row: dict[str, Any] = {}
@@ -108,6 +109,8 @@ class Loop:
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
+            if self._last_report is not None:
+                self._run.judge(*self._last_report)
         while self.step < self.total_steps:
             for batch in self._loader.epoch(self.epoch, first_batch=self.step_in_epoch):
                 self.step += 1
@@ -225,7 +228,11 @@ class Loop:
             "best_loss": self.best_value,
             "metrics_offset": metrics_offset,
             "args": _plain(self._run.config),
-            "metadata": {"torch": torch.__version__, "batches_per_epoch": len(self._loader)},
+            "metadata": {
+                "torch": torch.__version__,
+                "batches_per_epoch": len(self._loader),
+                "last_report": self._run.last_report,
+            },
         }
 
     def _restore(self) -> None:
@@ -264,6 +271,10 @@ class Loop:
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.best_value = state["best_loss"]
         self._rng = rng
+        step_and_value = state["metadata"].get("last_report")
+        self._last_report = (
+            None if step_and_value is None else (int(step_and_value[0]), float(step_and_value[1]))
+        )
         self._run.open_metrics(state["metrics_offset"])
 
     def _check(self, state: dict[str, Any], model: Mapping[str, Any], parts: Mapping[str, Any]) -> None:

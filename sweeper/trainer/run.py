@@ -82,7 +82,7 @@ class Run:
         self.directory = Path(spec.run_dir)
         self.checkpoints_dir = self.directory / rundir.CHECKPOINTS_DIR
         self.start_step = 0
-        self.last_value: float | None = None
+        self.last_report: tuple[int, float] | None = None
         self._link = link
         self._metrics: MetricsLog | None = None
         self._has_started = False
@@ -124,14 +124,27 @@ class Run:
         """
         self.start()
         self._write(step, row)
-        if self.spec.metric not in row:
-            return
-        self.last_value = float(row[self.spec.metric])
-        if self.spec.has_pruner:
-            answer = self._link.ask("report", step=step, value=self.last_value)
-            if answer["prune"]:
-                self._stopped = TrialPruned(f"stopped by the pruner at step {step}")
-                raise self._stopped
+        if self.spec.metric in row:
+            self.judge(step, float(row[self.spec.metric]))
+
+    def judge(self, step: int, value: float) -> None:
+        """Report a value of the sweep's metric to the pruner; what it said once, it says again.
+
+        A resume repeats the last report its checkpoint knows of: a run that was pruned there, but
+        killed before that was settled, is pruned there again.
+
+        Raises:
+            TrialPruned: The pruner stops this trial.
+        """
+        self.last_report = (step, value)
+        if self.spec.has_pruner and self._link.ask("report", step=step, value=value)["prune"]:
+            self._stopped = TrialPruned(f"stopped by the pruner at step {step}")
+            raise self._stopped
+
+    @property
+    def last_value(self) -> float | None:
+        """The value of the sweep's metric that was reported last."""
+        return None if self.last_report is None else self.last_report[1]
 
     def _write(self, step: int, row: Mapping[str, Any]) -> None:
         """Write a row, or keep it until the disk takes it; no checkpoint is committed before that."""

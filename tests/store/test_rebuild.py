@@ -30,8 +30,9 @@ DEAD = replace(processes.identify(), start_ticks=1)
 class World:
     """A data directory with its database, in which training is played with the real code."""
 
-    def __init__(self, url: str, data_dir: Path, fresh_url: Callable[[], str]) -> None:
-        self.store, self.data_dir, self._fresh_url = Store(url), data_dir, fresh_url
+    def __init__(self, url: str, data_dir: Path, new_url: Callable[[], str]) -> None:
+        self.store, self.data_dir, self._new_url = Store(url), data_dir, new_url
+        self.rebuilt = ""
 
     def start(self, claim: Claim, sweep: Sweep, *, steps: tuple[int, ...] = ()) -> Path:
         """Create the directory of a claimed run, train and checkpoint at `steps`."""
@@ -41,7 +42,7 @@ class World:
         log = MetricsLog(run_dir / rundir.METRICS_FILE)
         self.store.record_start(claim.lease, step=0, total_steps=100)
         for step in steps:
-            log.append({"step": step, "loss": 1.0 / (step + claim.run.trial + 1)})
+            log.write(step, {"loss": 1.0 / (step + claim.run.trial + 1)})
             commit(run_dir, claim, step)
             self.store.record_checkpoint(claim.lease, step=step)
         log.close()
@@ -78,9 +79,9 @@ class World:
         path = database_path(self.store.url)
         assert path is not None
         path.unlink()
-        url = f"sqlite:///{path.with_name('rebuilt.db')}"
-        code = rebuild.main(directory or self.data_dir, storage=url, data_dir=self.data_dir)
-        return code, Store(url)
+        self.rebuilt = self._new_url()  # `rebuild` would create it, with a second for Optuna's tables
+        code = rebuild.main(directory or self.data_dir, storage=self.rebuilt, data_dir=self.data_dir)
+        return code, Store(self.rebuilt)
 
 
 def commit(run_dir: Path, claim: Claim, step: int) -> None:
@@ -337,9 +338,15 @@ def test_a_rebuild_that_dies_half_way_leaves_nothing_behind(
         patch.setattr(store_module, "_restore_run", broken)
         with pytest.raises(ZeroDivisionError):
             world.rebuild()
-    url = world.store.url.replace("sweeper.db", "rebuilt.db")
-    assert Store(url).find_sweep("simple") is None
+    assert Store(world.rebuilt).find_sweep("simple") is None
+    assert rebuild.main(world.data_dir, storage=world.rebuilt, data_dir=world.data_dir) == EXIT_OK
+
+
+def test_the_database_is_created_where_there_is_none(world: World) -> None:
+    world.complete(world.draw(sweeps.make(world.store)), 0.5)
+    url = f"sqlite:///{world.data_dir}/new.db"
     assert rebuild.main(world.data_dir, storage=url, data_dir=world.data_dir) == EXIT_OK
+    assert len(runs(Store(url))) == 1
 
 
 # --- results that do not count -----------------------------------------------------------------
