@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -111,7 +112,12 @@ def compose(argv: list[str]) -> tuple[Any, list[str]] | None:
     for name in [name for name in OPTIONAL_VARIABLES if os.environ.get(name) == ""]:
         del os.environ[name]  # set to nothing is not set
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["sweeper launch", *argv]
+    logging.raiseExceptions = False  # `--info | head` closes the pipe that Hydra logs to
+    overrides = [a for a in argv if "=" in a and not a.startswith("-")] + [
+        a for a in argv if a.startswith("~")
+    ]
+    # Hydra wants its flags before the overrides; people type them anywhere.
+    sys.argv = ["sweeper launch", *(a for a in argv if a not in overrides), "--", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing a traceback and exiting
     try:
         hydra.main(version_base="1.3", config_path="pkg://sweeper_conf", config_name="config")(task)()

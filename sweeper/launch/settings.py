@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Settings:
         return launcher
 
 
-def read(cfg: DictConfig, *, command: list[str]) -> Settings:
+def read(cfg: DictConfig, *, command: Sequence[str] = ()) -> Settings:
     """Check the composed configuration and freeze it.
 
     Args:
@@ -62,7 +63,7 @@ def read(cfg: DictConfig, *, command: list[str]) -> Settings:
     config["space"] = space_of(sweep["params"])
     for key in config["space"]:
         check_key(config, key)
-    config["command"] = command
+    config["command"] = list(command)
     make(config["sampler"], kind="sampler", **_grid_arguments(config))
     make(config["pruner"], kind="pruner")
     points = grid(config["space"]) if is_grid(config["sampler"]) else ()
@@ -92,23 +93,36 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         if key in ("hydra", "storage"):
             continue
         node = plain[name]
-        result[key] = _resolved(cfg, key, node) if key in OURS or key == "data_dir" else _frozen(node, cfg)
+        frozen = _resolved(cfg, key, node) if key in OURS or key == "data_dir" else _frozen(node, cfg)
+        result[key] = _without_secrets(frozen, node)
     return result
 
 
-def _resolved(cfg: DictConfig, key: str, node: Any) -> Any:
-    if _has_secret(node):
-        return _frozen(node, cfg)
-    value = cfg[key]
+def _without_secrets(value: Any, raw: Any) -> Any:
+    """Wherever a secret's value got in by some detour, the text it was written as."""
+    if isinstance(value, dict) and isinstance(raw, dict):
+        return {key: _without_secrets(value[key], raw.get(key)) for key in value}
+    if isinstance(value, list) and isinstance(raw, list):
+        return [_without_secrets(item, text) for item, text in zip(value, raw, strict=True)]
+    secrets = (text for name, text in os.environ.items() if _SECRET.search(name) and len(text) >= 8)
+    is_secret = isinstance(value, str) and any(secret in value for secret in secrets)
+    return raw if is_secret else value
+
+
+def _resolved(parent: Any, key: Any, raw: Any) -> Any:
+    """The value at `key` of a composed node with every interpolation resolved but those of secrets."""
+    if isinstance(raw, dict):
+        return {name: _resolved(parent[key], name, value) for name, value in raw.items()}
+    if isinstance(raw, list):
+        return [_resolved(parent[key], index, value) for index, value in enumerate(raw)]
+    if not (isinstance(raw, str) and "${" in raw) or _has_secret(raw):
+        return raw
+    value = parent[key]
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _has_secret(node: Any) -> bool:
-    if isinstance(node, dict):
-        return any(map(_has_secret, node.values()))
-    if isinstance(node, list):
-        return any(map(_has_secret, node))
-    return isinstance(node, str) and any(_SECRET.search(name) for name in _ENVIRONMENT.findall(node))
+def _has_secret(text: str) -> bool:
+    return any(_SECRET.search(name) for name in _ENVIRONMENT.findall(text))
 
 
 def _frozen(node: Any, cfg: DictConfig) -> Any:

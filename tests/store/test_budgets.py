@@ -49,6 +49,14 @@ def test_preemption_and_time_outs_are_free(store: Store, sweep: Sweep, outcome: 
     assert counts(claim)[Outcome.CRASHED] == 1, "but they do not refill a budget either"
 
 
+def test_a_disk_that_refused_is_not_the_runs_fault(store: Store, sweep: Sweep) -> None:
+    claim = sweeps.must_draw(store, sweep)
+    store.release(claim.lease, Ending(Outcome.LOST, "disk full", is_disk_fault=True))
+    again = sweeps.must_claim(store, claim.run)
+    assert set(counts(again).values()) == {0}
+    assert [row["outcome"] for row in sweeps.attempts(store, claim.run.run_id)] == [Outcome.LOST, None]
+
+
 def test_a_newer_checkpoint_refills_all_budgets(store: Store, sweep: Sweep) -> None:
     claim = sweeps.must_draw(store, sweep)
     for outcome in COSTLY:
@@ -88,9 +96,7 @@ def test_the_budget_belongs_to_the_trial_and_survives_a_fresh_run(store: Store, 
     assert store.budget_after(fresh.lease, Outcome.CRASHED) == 2
 
 
-@pytest.mark.parametrize(
-    ("outcome", "limit"), [(Outcome.LOST, 3), (Outcome.CRASHED, 1), (Outcome.OOM, 0)]
-)
+@pytest.mark.parametrize(("outcome", "limit"), [(Outcome.LOST, 3), (Outcome.CRASHED, 1), (Outcome.OOM, 0)])
 def test_a_run_is_failed_by_the_attempt_beyond_its_budget_and_not_before(
     store: Store, sweep: Sweep, outcome: Outcome, limit: int
 ) -> None:

@@ -164,9 +164,7 @@ def draw_all(index: int, url: str, names: list[str]) -> list[tuple[str, int, int
 
 
 @pytest.mark.parametrize("sampler", ["random", pytest.param("grid", marks=pytest.mark.slow)])
-def test_16_processes_and_two_sweeps_draw_exactly_n_trials_each(
-    store: Store, url: str, sampler: str
-) -> None:
+def test_16_processes_and_two_sweeps_draw_exactly_n_trials_each(store: Store, url: str, sampler: str) -> None:
     totals = {"first": 25, "second": 15}
     space = {"trainer.depth": "range(1, 11)", "trainer.width": "choice(8, 16, 32, 64)"}
     for name, total in totals.items():
@@ -180,6 +178,8 @@ def test_16_processes_and_two_sweeps_draw_exactly_n_trials_each(
         assert sorted(number for who, _, number in drawn if who == name) == list(range(total))
         assert store.count_left(store.sweep(name).sweep_id) == (0, 0)
 
-    store.update_sweep("first", n_trials=30 if sampler == "random" else 25, config=store.sweep("first").config)
+    store.update_sweep(
+        "first", n_trials=30 if sampler == "random" else 25, config=store.sweep("first").config
+    )
     more = [item for part in sweeps.crowd(4, draw_all, url, list(totals)) for item in part]
     assert len(more) == (5 if sampler == "random" else 0), "a launch that comes later only extends"

@@ -23,10 +23,6 @@ def sweep(store: Store) -> Sweep:
     return sweeps.make(store, n_trials=6)
 
 
-def study_of(store: Store, sweep: Sweep) -> optuna.Study:
-    return optuna.load_study(study_name=sweep.name, storage=store.url)
-
-
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_optuna_reads_trials_values_and_the_best_one(store: Store, direction: str) -> None:
     sweep = sweeps.make(store, n_trials=6, direction=direction)
@@ -36,7 +32,7 @@ def test_optuna_reads_trials_values_and_the_best_one(store: Store, direction: st
     store.settle(claims[3].lease, State.PRUNED, Ending(Outcome.PRUNED, "median", value=0.9))
     sweeps.fail(store, claims[4])
 
-    study = study_of(store, sweep)
+    study = optuna.load_study(study_name=sweep.name, storage=store.url)
     assert study.direction.name.lower() == direction
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3 + ["PRUNED", "FAIL", "RUNNING"]
     assert [trial.values for trial in study.trials] == [[0.5], [0.25], [0.75], [0.9], None, None]
@@ -49,7 +45,7 @@ def test_optuna_reads_trials_values_and_the_best_one(store: Store, direction: st
 
 def test_times_are_what_optuna_would_have_written(store: Store, sweep: Sweep) -> None:
     sweeps.complete(store, sweeps.must_draw(store, sweep))
-    (trial,) = study_of(store, sweep).trials
+    (trial,) = sweeps.study(store).trials
     theirs = optuna.create_study(study_name="theirs", storage=store.url)
     theirs.tell(theirs.ask(), 0.5)
     other = theirs.trials[0]
@@ -69,7 +65,7 @@ def test_the_study_is_valid_at_every_moment_of_a_trials_life(store: Store) -> No
     sweep = sweeps.make(store, sampler="tpe", pruner="halving", n_trials=6)
 
     def check() -> None:
-        study = study_of(store, sweep)
+        study = sweeps.study(store)
         trials = study.trials
         assert [trial.number for trial in trials] == list(range(len(trials)))
         for trial in trials:
@@ -96,7 +92,7 @@ def test_the_study_is_valid_at_every_moment_of_a_trials_life(store: Store) -> No
 def test_a_waiting_grid_is_a_valid_study(store: Store) -> None:
     sweep = sweeps.make(store, sampler="grid", space=sweeps.GRID, n_trials=6)
     sweeps.must_draw(store, sweep)
-    trials = study_of(store, sweep).trials
+    trials = sweeps.study(store).trials
     assert [trial.state for trial in trials] == [TrialState.RUNNING] + [TrialState.WAITING] * 5
     assert trials[1].params == {"trainer.depth": 1, "trainer.width": 32}
 
@@ -116,40 +112,40 @@ def test_a_completed_run_needs_a_number(store: Store, sweep: Sweep, value: float
 def test_an_enqueued_trial_is_drawn_next_with_its_parameters(store: Store, sweep: Sweep) -> None:
     params = {"trainer.lr": 0.002, "trainer.depth": 3, "trainer.width": 64}
     sweeps.must_draw(store, sweep)
-    study_of(store, sweep).enqueue_trial(params)
+    sweeps.study(store).enqueue_trial(params)
     claim = sweeps.must_draw(store, sweep)
     assert (claim.run.trial, claim.run.params) == (1, params)
     assert sweeps.must_draw(store, sweep).run.trial == 2
-    assert study_of(store, sweep).trials[1].params == params
+    assert sweeps.study(store).trials[1].params == params
 
 
 def test_what_an_enqueued_trial_leaves_open_is_sampled(store: Store, sweep: Sweep) -> None:
-    study_of(store, sweep).enqueue_trial({"trainer.lr": 0.002})
+    sweeps.study(store).enqueue_trial({"trainer.lr": 0.002})
     params = sweeps.must_draw(store, sweep).run.params
     assert params["trainer.lr"] == 0.002
     assert params["trainer.depth"] in (1, 2, 3, 4)
     assert params["trainer.width"] in (16, 32, 64)
-    assert study_of(store, sweep).trials[0].params == params
+    assert sweeps.study(store).trials[0].params == params
 
 
 def test_an_enqueued_trial_needs_a_slot_like_any_other(store: Store) -> None:
     sweep = sweeps.make(store, n_trials=1)
     sweeps.must_draw(store, sweep)
-    study_of(store, sweep).enqueue_trial({"trainer.lr": 0.002})
+    sweeps.study(store).enqueue_trial({"trainer.lr": 0.002})
     assert sweeps.draw(store, sweep) is None
     store.update_sweep(sweep.name, n_trials=2, config=sweep.config)
     assert sweeps.must_draw(store, sweep).run.params["trainer.lr"] == 0.002
 
 
 def test_parameters_outside_the_space_are_left_out(store: Store, sweep: Sweep) -> None:
-    study_of(store, sweep).enqueue_trial({"trainer.lr": 0.002, "trainer.dropout": 0.5})
+    sweeps.study(store).enqueue_trial({"trainer.lr": 0.002, "trainer.dropout": 0.5})
     assert set(sweeps.must_draw(store, sweep).run.params) == set(sweep.config["space"])
 
 
 def test_a_value_that_is_no_choice_is_sampled_anew_instead_of_stopping_the_sweep(
     store: Store, sweep: Sweep
 ) -> None:
-    study_of(store, sweep).enqueue_trial({"trainer.lr": 0.002, "trainer.width": 17, "trainer.depth": "deep"})
+    sweeps.study(store).enqueue_trial({"trainer.lr": 0.002, "trainer.width": 17, "trainer.depth": "deep"})
     with pytest.warns(UserWarning, match=r"trial 0 waits with trainer\.(width=17|depth='deep'); sampled"):
         params = sweeps.must_draw(store, sweep).run.params
     assert params["trainer.lr"] == 0.002
@@ -158,7 +154,7 @@ def test_a_value_that_is_no_choice_is_sampled_anew_instead_of_stopping_the_sweep
 
 
 def test_a_fixed_value_has_the_type_that_optuna_will_read(store: Store, sweep: Sweep) -> None:
-    study_of(store, sweep).enqueue_trial({"trainer.depth": 3.0, "trainer.lr": 1, "trainer.width": 32.0})
+    sweeps.study(store).enqueue_trial({"trainer.depth": 3.0, "trainer.lr": 1, "trainer.width": 32.0})
     params = sweeps.must_draw(store, sweep).run.params
     assert repr(params["trainer.depth"]) == "3"
     assert repr(params["trainer.lr"]) == "1.0"
@@ -166,7 +162,7 @@ def test_a_fixed_value_has_the_type_that_optuna_will_read(store: Store, sweep: S
 
 
 def test_a_running_trial_that_no_run_stands_behind_is_adopted(store: Store, sweep: Sweep) -> None:
-    orphan = study_of(store, sweep).ask()
+    orphan = sweeps.study(store).ask()
     orphan.suggest_float("trainer.lr", 1e-4, 1e-1, log=True)
     assert store.adopt_orphans(sweep.sweep_id) == 1
     assert store.adopt_orphans(sweep.sweep_id) == 0
@@ -175,7 +171,7 @@ def test_a_running_trial_that_no_run_stands_behind_is_adopted(store: Store, swee
     assert claim.run.params["trainer.lr"] == orphan.params["trainer.lr"]
     assert set(claim.run.params) == set(sweep.config["space"])
     sweeps.complete(store, claim)
-    assert study_of(store, sweep).trials[0].state == TrialState.COMPLETE
+    assert sweeps.study(store).trials[0].state == TrialState.COMPLETE
 
 
 @pytest.mark.parametrize("state", State)
@@ -210,15 +206,15 @@ def test_a_sweeps_name_is_taken_once(store: Store, sweep: Sweep) -> None:
 
 def test_a_trial_that_somebody_else_finished_is_not_told_again(store: Store, sweep: Sweep) -> None:
     claim = sweeps.must_draw(store, sweep)
-    study_of(store, sweep).tell(claim.run.trial, 0.125)
+    sweeps.study(store).tell(claim.run.trial, 0.125)
     sweeps.complete(store, claim, 0.5)
-    (trial,) = study_of(store, sweep).trials
+    (trial,) = sweeps.study(store).trials
     assert trial.values == [0.125]
 
 
 def test_a_trial_optuna_asks_for_in_between_takes_its_number(store: Store, sweep: Sweep) -> None:
     stale = Search(store, sweep).propose()
     assert stale is not None
-    study_of(store, sweep).ask()
+    sweeps.study(store).ask()
     assert store.draw(sweep, stale, owner=processes.identify(), worker="w:0", threads=1) is None
     assert sweeps.must_draw(store, sweep).run.trial == 1

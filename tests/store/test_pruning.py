@@ -94,10 +94,10 @@ def curve(trial: int, step: int, *, sign: float = 1.0) -> float:
 def test_every_verdict_is_optunas_own(store: Store, name: str) -> None:
     direction = "maximize" if "maximized" in name else "minimize"
     sign = -1.0 if direction == "maximize" else 1.0
-    sweep = sweeps.make(store, pruner=PRUNERS[name], n_trials=16, direction=direction)
+    sweep = sweeps.make(store, pruner=PRUNERS[name], n_trials=12, direction=direction)
     search, vanilla = Search(store, sweep), Vanilla(sweep)
     verdicts = []
-    for _ in range(4):  # four workers, their trials in step
+    for _ in range(3):  # four workers, their trials in step
         claims = [sweeps.must_draw(store, sweep, search=search) for _ in range(4)]
         for claim in claims:
             vanilla.ask(claim)
@@ -120,7 +120,7 @@ def test_every_verdict_is_optunas_own(store: Store, name: str) -> None:
 
 def same_trials(store: Store, sweep: Sweep, vanilla: Vanilla) -> bool:
     """Optuna reads the same trials, rungs included, from our database as from its own."""
-    ours = optuna.load_study(study_name=sweep.name, storage=store.url).trials
+    ours = sweeps.study(store).trials
     theirs = vanilla._study().trials
     keys = ("number", "state", "values", "params", "distributions", "intermediate_values")
     for mine, other in zip(ours, theirs, strict=True):
@@ -176,10 +176,14 @@ def test_steps_replayed_after_a_resume_get_the_stored_verdicts(store: Store) -> 
     search = Search(store, sweep)
     first = [report(store, search, claim, step=step, value=0.05 / step) for step in (1, 2, 3)]
     store.release(claim.lease, sweeps.PREEMPTED)
-    before = {k: v for k, v in sweeps.everything(store).items() if k not in ("sweeper_run", "sweeper_attempt")}
+    before = {
+        k: v for k, v in sweeps.everything(store).items() if k not in ("sweeper_run", "sweeper_attempt")
+    }
 
     again = sweeps.must_claim(store, claim.run)
-    replayed = [report(store, Search(store, sweep), again, step=step, value=0.05 / step) for step in (1, 2, 3)]
+    replayed = [
+        report(store, Search(store, sweep), again, step=step, value=0.05 / step) for step in (1, 2, 3)
+    ]
     after = {k: v for k, v in sweeps.everything(store).items() if k not in ("sweeper_run", "sweeper_attempt")}
     assert first == replayed == [False, False, False]
     assert before == after, "no rung was written twice"
@@ -193,7 +197,9 @@ def test_a_fresh_run_of_a_trial_replays_its_verdicts(store: Store) -> None:
     assert store.verdict(fresh.run.trial_id, 1) is True
 
 
-def test_without_a_pruner_nothing_is_read_or_remembered(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_pruner_nothing_is_read_or_remembered(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = sweeps.make(store, pruner="none")
     claim, search = sweeps.must_draw(store, sweep), Search(store, sweep)
     monkeypatch.setattr(store, "trials", lambda *args, **more: pytest.fail("it looked at the study"))
@@ -209,7 +215,7 @@ def test_a_report_that_is_no_finite_number_leaves_a_valid_study(
     claim, search = sweeps.must_draw(store, sweep), Search(store, sweep)
     report(store, search, claim, step=1, value=value)
     store.settle(claim.lease, State.PRUNED, Ending(Outcome.PRUNED, "so", value=value))
-    (trial,) = optuna.load_study(study_name=sweep.name, storage=store.url).trials
+    (trial,) = sweeps.study(store).trials
     assert repr(trial.intermediate_values[1]) == repr(value)
     assert trial.state == optuna.trial.TrialState.PRUNED
     assert trial.values == (None if math.isnan(value) else [value])

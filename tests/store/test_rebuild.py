@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import sweeps
 
@@ -121,7 +120,7 @@ def test_finished_trials_come_back_with_their_values(world: World) -> None:
     for state, outcome, value in ends:
         world.settle(world.draw(sweep, steps=(5, 10)), state, outcome, value)
     before, left = runs(world.store), world.store.count_left(sweep.sweep_id)
-    study = optuna.load_study(study_name="simple", storage=world.store.url).trials
+    study = sweeps.study(world.store).trials
     told = sweeps.rows(world.store, "sweeper_run")
 
     code, store = world.rebuild()
@@ -136,9 +135,11 @@ def test_finished_trials_come_back_with_their_values(world: World) -> None:
         assert {k: new[k] for k in ("value", "reason", "outcome")} == {
             k: old[k] for k in ("value", "reason", "outcome")
         }
-    rebuilt = optuna.load_study(study_name="simple", storage=store.url)
+    rebuilt = sweeps.study(store)
     keys = ("number", "state", "values", "params", "distributions")
-    assert [[getattr(t, k) for k in keys] for t in rebuilt.trials] == [[getattr(t, k) for k in keys] for t in study]
+    assert [[getattr(t, k) for k in keys] for t in rebuilt.trials] == [
+        [getattr(t, k) for k in keys] for t in study
+    ]
     assert rebuilt.best_value == 0.25
 
 
@@ -199,7 +200,7 @@ def test_only_the_newest_of_a_chain_of_replacements_is_open(world: World) -> Non
     again = sweeps.must_claim(store, third.run)
     assert again.run.wandb_run_id == third.run.wandb_run_id
     sweeps.complete(store, again, 0.5)
-    assert [t.value for t in optuna.load_study(study_name="simple", storage=store.url).trials] == [0.5]
+    assert [t.value for t in sweeps.study(store).trials] == [0.5]
 
 
 def test_a_fresh_directory_that_never_took_over_does_not_unfinish_its_trial(world: World) -> None:
@@ -211,7 +212,7 @@ def test_a_fresh_directory_that_never_took_over_does_not_unfinish_its_trial(worl
     world.complete(claim, 0.5)
     _, store = world.rebuild()
     assert {n: run.state for n, run in runs(store).items()} == {0: State.COMPLETED, 1: State.SUPERSEDED}
-    assert optuna.load_study(study_name="simple", storage=store.url).best_value == 0.5
+    assert sweeps.study(store).best_value == 0.5
     assert sweeps.must_draw(store, store.sweep("simple")).run.number == 2
 
 
@@ -259,7 +260,7 @@ def test_reports_come_back_where_a_pruner_needs_them(world: World) -> None:
     claim = world.draw(sweep, steps=(5, 10))
     world.complete(claim, 0.5)
     _, store = world.rebuild()
-    (trial,) = optuna.load_study(study_name="simple", storage=store.url).trials
+    (trial,) = sweeps.study(store).trials
     assert trial.intermediate_values == {5: 1.0 / 6, 10: 1.0 / 11}
     assert store.verdict(trial._trial_id, 5) is False
 
@@ -281,7 +282,9 @@ def test_all_sweeps_or_only_the_one_named(world: World) -> None:
     assert code == EXIT_OK
     assert store.find_sweep("one") is None
     assert len(runs(store, "two")) == 1
-    assert rebuild.main(world.data_dir / "sweep" / "one", storage=store.url, data_dir=world.data_dir) == EXIT_OK
+    assert (
+        rebuild.main(world.data_dir / "sweep" / "one", storage=store.url, data_dir=world.data_dir) == EXIT_OK
+    )
     assert len(runs(store, "one")) == 1
 
 
@@ -320,7 +323,7 @@ def test_a_sweep_that_the_database_knows_is_not_doubled(world: World) -> None:
     sweeps.execute(world.store, "DELETE FROM sweeper_run")
     sweeps.execute(world.store, "DELETE FROM sweeper_sweep WHERE name='a'")
     sweeps.execute(world.store, "DELETE FROM studies WHERE study_name='a'")
-    with pytest.raises(SweeperError, match="knows sweep 'b' already.*Move the database file away"):
+    with pytest.raises(SweeperError, match=r"knows sweep 'b' already.*Move the database file away"):
         rebuild.main(world.data_dir, storage=world.store.url, data_dir=world.data_dir)
     assert world.store.find_sweep("a") is None, "all or nothing"
 
@@ -362,7 +365,7 @@ def test_a_result_on_disk_counts_though_the_database_never_heard_of_it(world: Wo
     result(world, claim)
     _, store = world.rebuild()
     assert runs(store)[0].state is State.COMPLETED
-    assert optuna.load_study(study_name="simple", storage=store.url).best_value == 0.5
+    assert sweeps.study(store).best_value == 0.5
 
 
 def test_a_result_of_an_owner_that_had_lost_the_run_does_not_count(world: World) -> None:
@@ -387,13 +390,18 @@ NONSENSE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", NONSENSE)
-def test_a_result_of_nonsense_leaves_the_run_open(world: World, kind: str) -> None:
-    claim = world.draw(sweeps.make(world.store))
-    result(world, claim, **NONSENSE[kind])
+def test_a_result_of_nonsense_leaves_its_run_open(world: World) -> None:
+    sweep = sweeps.make(world.store)
+    kinds = {}
+    for kind, changes in NONSENSE.items():
+        claim = world.draw(sweep)
+        kinds[claim.run.number] = kind
+        result(world, claim, **changes)
     _, store = world.rebuild()
-    assert runs(store)[0].state is State.INTERRUPTED
-    assert [t.state.name for t in optuna.load_study(study_name="simple", storage=store.url).trials] == ["RUNNING"]
+    assert {kinds[n]: run.state for n, run in runs(store).items()} == dict.fromkeys(
+        NONSENSE, State.INTERRUPTED
+    )
+    assert {trial.state.name for trial in sweeps.study(store).trials} == {"RUNNING"}
 
 
 # --- hostile directories -----------------------------------------------------------------------
@@ -463,25 +471,39 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_directory_is_left_out_and_named_and_the_others_come_back(
-    world: World, capsys: pytest.CaptureFixture[str], kind: str
+def test_hostile_directories_are_left_out_and_named_and_the_others_come_back(
+    world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = sweeps.make(world.store)
-    good, bad = world.draw(sweep), world.draw(sweep)
+    sweep = sweeps.make(world.store, n_trials=len(HOSTILE) + 2)
+    good = world.draw(sweep)
     world.complete(good, 0.5)
-    HOSTILE[kind](world.data_dir / bad.run.path)
+    bad = {kind: world.draw(sweep).run for kind in HOSTILE}
+    last = world.draw(sweep)
+    for kind, run in bad.items():
+        HOSTILE[kind](world.data_dir / run.path)
 
     code, store = world.rebuild()
 
     assert code == EXIT_NOT_WELL
     said = capsys.readouterr().err
-    assert f"{bad.run.run_id} is left out: " in said
-    assert "Traceback" not in said
-    assert [run.run_id for run in runs(store).values()] == [good.run.run_id]
+    assert [kind for kind, run in bad.items() if f"{run.run_id} is left out: " not in said] == []
+    assert [run.run_id for run in runs(store).values()] == [good.run.run_id, last.run.run_id]
     assert not Path("/tmp/owned").exists()
+    again = store.sweep("simple")
+    drawn = [sweeps.must_draw(store, again).run for _ in bad]
+    assert [run.trial for run in drawn] == [run.trial for run in bad.values()], "their trials wait"
+    assert drawn[0].number == last.run.number + 1, "their numbers are not used again"
+
+
+@pytest.mark.parametrize("kind", ["a link", "no run.json", "another run's run.json", "a YAML bomb"])
+def test_the_number_of_a_hostile_directory_is_not_used_again(world: World, kind: str) -> None:
+    sweep = sweeps.make(world.store)
+    world.complete(world.draw(sweep), 0.5)
+    bad = world.draw(sweep)
+    HOSTILE[kind](world.data_dir / bad.run.path)
+    _, store = world.rebuild()
     again = sweeps.must_draw(store, store.sweep("simple"))
-    assert (again.run.trial, again.run.number) == (bad.run.trial, 2), "its number is not used again"
+    assert (again.run.trial, again.run.number) == (bad.run.trial, bad.run.number + 1)
 
 
 HARMLESS: dict[str, Callable[[Path], object]] = {
@@ -507,25 +529,25 @@ HARMLESS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
-@pytest.mark.parametrize("is_done", [False, True])
-def test_hostile_files_in_a_run_do_no_harm(world: World, kind: str, is_done: bool) -> None:
+def test_hostile_files_in_a_run_do_no_harm(world: World, kind: str) -> None:
     sweep = sweeps.make(world.store, pruner="median")
-    claim = world.draw(sweep, steps=(5,))
-    if is_done:
-        world.complete(claim, 0.5)
-        world.mark(claim)
-        (world.data_dir / claim.run.path / rundir.RESULT_FILE).rename(world.data_dir / "aside")
-    HARMLESS[kind](world.data_dir / claim.run.path)
-    if is_done and "result" not in kind:
-        (world.data_dir / "aside").rename(world.data_dir / claim.run.path / rundir.RESULT_FILE)
+    incomplete, done = world.draw(sweep, steps=(5,)), world.draw(sweep, steps=(5,))
+    world.complete(done, 0.5)
+    world.mark(done)  # it had outlived the run
+    done_dir = world.data_dir / done.run.path
+    if "result" in kind:
+        (done_dir / rundir.RESULT_FILE).unlink()
+    for claim in (incomplete, done):
+        HARMLESS[kind](world.data_dir / claim.run.path)
 
     _, store = world.rebuild()
 
-    (run,) = runs(store).values()
-    assert run.state is (State.COMPLETED if is_done and "result" not in kind else State.INTERRUPTED)
-    assert run.attempts == 1
+    after = State.INTERRUPTED if "result" in kind else State.COMPLETED
+    assert [run.state for run in runs(store).values()] == [State.INTERRUPTED, after]
+    assert [run.attempts for run in runs(store).values()] == [1, 1]
     assert not Path("/tmp/owned").exists()
-    optuna.load_study(study_name="simple", storage=store.url).trials[0]._validate()
+    for trial in sweeps.study(store).trials:
+        trial._validate()
 
 
 def test_a_run_in_another_sweeps_directory_is_left_out(

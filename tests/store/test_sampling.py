@@ -21,7 +21,9 @@ N = 12
 
 def score(params: Params) -> float:
     """A result that is the same wherever and whenever a trial is trained."""
-    return abs(float(params["trainer.lr"]) - 0.01) + float(params["trainer.depth"]) / float(params["trainer.width"])
+    return abs(float(params["trainer.lr"]) - 0.01) + float(params["trainer.depth"]) / float(
+        params["trainer.width"]
+    )
 
 
 def run_alone(store: Store, sweep: Sweep) -> dict[int, Params]:

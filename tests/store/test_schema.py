@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def test_a_connection_is_durable_and_shares_the_file(store: Store) -> None:
         for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
     }
     connection.close()
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 60_000}
+    timeout_ms = int(store_module.BUSY_TIMEOUT_S * 1000)
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": timeout_ms}
 
 
 def test_a_write_takes_its_lock_at_once(store: Store) -> None:
@@ -121,11 +123,7 @@ def test_a_write_takes_its_lock_at_once(store: Store) -> None:
     )
     sweep = sweeps.make(store)
     sweeps.must_draw(store, sweep)
-    begins = {
-        following.split()[0]
-        for sql, following in zip(statements, statements[1:], strict=False)
-        if sql == "BEGIN"
-    }
+    begins = {following.split()[0] for sql, following in pairwise(statements) if sql == "BEGIN"}
     assert begins <= {"SELECT"}, "a transaction that only reads"
     assert "BEGIN IMMEDIATE" in statements
 

@@ -150,9 +150,7 @@ def break_after(statement: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_drawing_is_one_transaction(
-    store: Store, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drawing_is_one_transaction(store: Store, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sweeps.everything(store)
     break_after("_insert_attempt", monkeypatch)
     with pytest.raises(ZeroDivisionError):

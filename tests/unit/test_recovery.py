@@ -34,14 +34,15 @@ def test_a_training_that_came_to_its_end_is_settled(outcome: Outcome, state: Sta
     assert (decision.action, decision.state) == (Action.SETTLE, state)
 
 
-@pytest.mark.parametrize(
-    ("outcome", "limit"), [(Outcome.LOST, 20), (Outcome.CRASHED, 1), (Outcome.OOM, 0)]
-)
+@pytest.mark.parametrize(("outcome", "limit"), [(Outcome.LOST, 20), (Outcome.CRASHED, 1), (Outcome.OOM, 0)])
 def test_a_budget_is_spent_by_the_attempt_beyond_it(outcome: Outcome, limit: int) -> None:
     assert decide(outcome, limit).action is Action.RELEASE
     spent = decide(outcome, limit + 1)
     assert (spent.action, spent.state) == (Action.SETTLE, State.FAILED)
-    assert spent.reason == f"{outcome} {limit + 1} times without a newer checkpoint (retry.max_{outcome}={limit}): why"
+    assert (
+        spent.reason
+        == f"{outcome} {limit + 1} times without a newer checkpoint (retry.max_{outcome}={limit}): why"
+    )
 
 
 @pytest.mark.parametrize("outcome", [Outcome.PREEMPTED, Outcome.TIMEOUT])
@@ -81,7 +82,10 @@ def test_three_losses_are_free_then_the_wait_doubles_to_30_s(count: int, seconds
 
 def test_only_losses_back_off() -> None:
     assert decide(Outcome.LOST, 4).back_off_s == 1.0
-    assert after(Ending(Outcome.CRASHED), count=4, retry={"max_crashed": 9}, on_invalid="fresh").back_off_s == 0.0
+    assert (
+        after(Ending(Outcome.CRASHED), count=4, retry={"max_crashed": 9}, on_invalid="fresh").back_off_s
+        == 0.0
+    )
 
 
 # --- at a claim --------------------------------------------------------------------------------
@@ -91,9 +95,7 @@ def claim(result: dict[str, Any] | None = None, *, mode: str = "auto", is_new: b
     return on_claim(claimed_epoch=5, result=result, mode=mode, is_new=is_new)
 
 
-@pytest.mark.parametrize(
-    "state", [State.COMPLETED, State.PRUNED, State.FAILED, State.CANCELLED]
-)
+@pytest.mark.parametrize("state", [State.COMPLETED, State.PRUNED, State.FAILED, State.CANCELLED])
 def test_the_result_of_the_owner_just_before_is_adopted(state: State) -> None:
     decision = claim({"state": str(state), "lease_epoch": 4, "value": 0.5})
     assert (decision.action, decision.state) == (Action.ADOPT, state)

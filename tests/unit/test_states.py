@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from sweeper.states import INCOMPLETE, OPTUNA_STATE, SETTLES, TRANSITIONS, Event, Outcome, State, source, target
+from sweeper.states import (
+    INCOMPLETE,
+    OPTUNA_STATE,
+    SETTLES,
+    TRANSITIONS,
+    Event,
+    Outcome,
+    State,
+    source,
+    target,
+)
 
 
 def test_incomplete_is_running_or_interrupted() -> None:
