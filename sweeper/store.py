@@ -1021,6 +1021,8 @@ _text = lru_cache(maxsize=500)(sa.text)  # bounded: `Store.trials` writes number
 
 
 def _execute(connection: Connection, sql: str, **params: Any) -> Any:
+    if connection.dialect.name == "sqlite":  # it takes :name as it is; compiling costs more than executing
+        return connection.exec_driver_sql(sql, params)
     return connection.execute(_text(sql), params)
 
 

@@ -24,14 +24,12 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "halving, maximized": sweeps.PRUNERS["halving"],
     "halving by 4": {**sweeps.PRUNERS["halving"], "reduction_factor": 4},
     "halving with min_resource=auto": {**sweeps.PRUNERS["halving"], "min_resource": "auto"},
-    "percentile": {"_target_": "optuna.pruners.PercentilePruner", "percentile": 30.0, "n_startup_trials": 2},
     "hyperband": {
         "_target_": "optuna.pruners.HyperbandPruner",
         "min_resource": 1,
         "max_resource": 8,
         "reduction_factor": 2,
     },
-    "threshold": {"_target_": "optuna.pruners.ThresholdPruner", "upper": 0.8},
     "patient": {
         "_target_": "optuna.pruners.PatientPruner",
         "wrapped_pruner": {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 2},
