@@ -260,9 +260,11 @@ class Loop:
                 load_bytes(name, contents[name]) for name in (MODEL_FILE, OPTIMIZER_FILE, RNG_FILE)
             )
             self._check(state, model, parts)
-            self._model.load_state_dict(model)
-            for name, part in self._parts.items():
+            if manifest.config_digest != self._run.spec.config_digest:
+                raise CheckpointRefused("it was made with another config.yaml")
+            for name, part in self._parts.items():  # the model last: it has been checked, it will fit
                 part.load_state_dict(parts[name])
+            self._model.load_state_dict(model)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointRefused(
                 "it does not fit this training", why=f"{type(error).__name__}: {error}"

@@ -95,7 +95,7 @@ def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module) -> None
     """Refuse weights of another model before anything is changed.
 
     Raises:
-        CheckpointRefused: Naming the first parameter that differs, with both shapes.
+        CheckpointRefused: Naming the first parameter that differs, with both shapes or types.
     """
     present = model.state_dict()
     for name, tensor in present.items():
@@ -105,9 +105,17 @@ def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module) -> None
             raise CheckpointRefused(
                 f"parameter {name} has shape {_shape(saved[name])} in the checkpoint, {_shape(tensor)} in the model"
             )
+        if _dtype(saved[name]) != _dtype(tensor):  # load_state_dict would convert without a word
+            raise CheckpointRefused(
+                f"parameter {name} is {_dtype(saved[name])} in the checkpoint, {_dtype(tensor)} in the model"
+            )
     if extra := [name for name in saved if name not in present]:
         raise CheckpointRefused(f"the checkpoint has a parameter {extra[0]}, the model has not")
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if hasattr(value, "shape") else ()
+
+
+def _dtype(value: Any) -> str:
+    return str(getattr(value, "dtype", type(value).__name__))

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sweeper import checkpoints, fsops, processes, rundir, search, supervisor, worker
+from sweeper import checkpoints, fsops, processes, recovery, rundir, search, supervisor, worker
 from sweeper.channel import Message
 from sweeper.errors import SweeperError
 from sweeper.records import Ending, Lease, Run
@@ -92,7 +92,8 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
         "lease": {"heartbeat_s": 10.0, "ttl_s": 60.0, "progress_s": 0, "grace_s": 5.0},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": {"enabled": False}},
     }
-    return {name: {**group, **changes.get(name, {})} for name, group in groups.items()}
+    made = {name: {**group, **changes.get(name, {})} for name, group in groups.items()}
+    return {**made, "space": changes.get("space", groups["space"])}
 
 
 class StoreLink:
@@ -216,7 +217,9 @@ def new_place(data_dir: Path, **changes: dict[str, Any]) -> Place:
     data_dir.mkdir()
     create_database(place.url)
     store = Store(place.url)
-    store.create_sweep(NewSweep(SWEEP, 7, 1, "loss", "minimize", config(**changes)))
+    made = config(**changes)
+    points = search.grid(made["space"]) if search.is_grid(made["sampler"]) else ()
+    store.create_sweep(NewSweep(SWEEP, 7, max(1, len(points)), "loss", "minimize", made, points))
     store.close()
     return place
 
@@ -228,12 +231,12 @@ def warm_up() -> None:
     server.warm_up()
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in signals]
-    supervisor_class = worker.Supervisor
+    supervisor_class, back_off_s = worker.Supervisor, recovery.MAX_BACK_OFF_S
     with fast_dir() as path, contextlib.redirect_stderr(io.StringIO()):
         try:
             assert work(new_place(path / "warm"))() == 0
         finally:
-            worker.Supervisor = supervisor_class  # type: ignore[misc]
+            worker.Supervisor, recovery.MAX_BACK_OFF_S = supervisor_class, back_off_s  # type: ignore[misc]
             signal.set_wakeup_fd(-1)
             for number, handler in zip(signals, handlers, strict=True):
                 signal.signal(number, handler)
@@ -285,6 +288,7 @@ def work(place: Place, *, probe: Probe | None = None) -> Callable[[], int]:
 
     def run() -> int:
         worker.Supervisor = InlineSupervisor  # type: ignore[assignment,misc]  # in this child only
+        recovery.MAX_BACK_OFF_S = 0.0
         if probe is not None:
             fsops.probe = probe
         try:

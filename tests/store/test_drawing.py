@@ -118,6 +118,16 @@ def test_raising_n_trials_extends_and_lowering_it_keeps_what_was_drawn(store: St
     assert len(store.runs(sweep.sweep_id)) == N + 2
 
 
+def test_the_last_slot_is_given_once_whoever_still_has_a_proposal(store: Store, sweep: Sweep) -> None:
+    for _ in range(N):
+        sweeps.must_draw(store, sweep)
+    late = Search(store, sweep).propose()
+    assert late is not None
+    before = sweeps.everything(store)
+    assert store.draw(sweep, late, owner=processes.identify(), worker="w:0", threads=1) is None
+    assert sweeps.everything(store) == before
+
+
 def test_a_stale_proposal_takes_no_slot(store: Store, sweep: Sweep) -> None:
     stale = Search(store, sweep).propose()
     assert stale is not None
