@@ -129,7 +129,11 @@ class WorkerLink:
         self.poll()
         self._channel.send(kind, **data)
         while not self._answers:
-            self._take(self._channel.receive(wait_s=None))
+            # A stopped worker never answers; past its deadline this attempt is over all the same.
+            left_s = max(0.0, self._deadline_s - clock.boot_s())
+            self._take(self._channel.receive(wait_s=left_s + 0.01))
+            if not self._answers:
+                self.check_deadline()
         answer = self._answers.pop(0)
         self.check_deadline()
         if answer.get("fenced"):

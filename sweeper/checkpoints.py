@@ -636,7 +636,8 @@ def clean(root: Path, *, lease_epoch: int) -> None:
         if fsops.is_temporary(path.name):
             fsops.remove_tree(path)
         elif path.name.startswith((_DRAFT, _ASIDE)) and _epoch_in(path.name) < lease_epoch:
-            if not (path.name.startswith(_ASIDE) and _put_back(root, path)):
+            is_back = path.name.startswith(_ASIDE) and _put_back(root, path)
+            if not is_back:
                 fsops.remove_tree(path)
     if (root / TRASH).is_dir():
         empty_trash(root)

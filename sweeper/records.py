@@ -117,6 +117,7 @@ class Ending:
     Attributes:
         value: The returned number, for `completed` and `pruned`.
         detail: Traceback or last lines of output, for people.
+        is_hopeless: The same training would end the same way again.
         is_config: The configuration must be changed; no other trial would fare better.
         is_disk_fault: The disk refused a write; the run itself did nothing wrong.
         no_checkpoint: Checkpoints had been committed, but none could be used.
@@ -126,6 +127,7 @@ class Ending:
     reason: str = ""
     value: float | None = None
     detail: str = ""
+    is_hopeless: bool = False
     is_config: bool = False
     is_disk_fault: bool = False
     no_checkpoint: bool = False

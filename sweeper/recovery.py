@@ -100,6 +100,8 @@ def after(ending: Ending, *, count: int, retry: Mapping[str, Any], on_invalid: s
         return Decision(Action.SETTLE, ending.reason, state=State(str(outcome)))
     if outcome in (Outcome.PREEMPTED, Outcome.TIMEOUT):
         return Decision(Action.RELEASE, ending.reason)
+    if ending.is_hopeless:
+        return Decision(Action.SETTLE, ending.reason, state=State.FAILED)
     if ending.is_disk_fault:  # the run did nothing wrong, and the next one would fare no better
         return Decision(Action.RELEASE, ending.reason, back_off_s=MAX_BACK_OFF_S)
     limit = int(retry[f"max_{outcome}"])

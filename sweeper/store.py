@@ -332,13 +332,12 @@ class Store:
         self.url = url
         self.ttl_s = ttl_s
         self._path = database_path(url)
-        if self._path is not None:
-            if not self._path.exists():
-                raise StorageError(
-                    f"there is no database at {self._path}",
-                    do="Start a sweep with `python -m sweeper launch +sweep=simple`, name the right one with --storage "
-                    "or --data-dir, or make it anew from run directories with `sweeper rebuild DATA_DIR`.",
-                )
+        if self._path is not None and not self._path.exists():
+            raise StorageError(
+                f"there is no database at {self._path}",
+                do="Start a sweep with `python -m sweeper launch +sweep=simple`, name the right one with --storage "
+                "or --data-dir, or make it anew from run directories with `sweeper rebuild DATA_DIR`.",
+            )
         self._allows_network = allow_network_file_system
         self._engine = make_engine(url)
         self._file = self._file_id()
@@ -1279,11 +1278,17 @@ def new_wandb_id(run_id: str) -> str:
     return f"{run_id}.{secrets.token_hex(4)}"
 
 
-def run_seed(sweep_seed: int, trial: int) -> int:
-    """The seed of every run of a trial: 32 bits from the sweep's seed and the trial's number."""
+def run_seed(sweep: Sweep, trial: int) -> int:
+    """The seed of every run of a trial: 32 bits from the sweep's seed and the trial's number.
+
+    `sweep.run_seed` overrules it, so that one run can be trained again to the same bits.
+    """
+    fixed: int | None = sweep.config.get("sweep", {}).get("run_seed")
+    if fixed is not None:
+        return fixed
     from hashlib import sha256
 
-    return int.from_bytes(sha256(f"{sweep_seed}:{trial}".encode()).digest()[:4], "big")
+    return int.from_bytes(sha256(f"{sweep.seed}:{trial}".encode()).digest()[:4], "big")
 
 
 def _new_run(sweep: Sweep, number: int, *, trial_id: int, proposal: Proposal, threads: int) -> Run:
@@ -1295,7 +1300,7 @@ def _new_run(sweep: Sweep, number: int, *, trial_id: int, proposal: Proposal, th
         trial_id=trial_id,
         trial=proposal.number,
         params=dict(proposal.params),
-        seed=run_seed(sweep.seed, proposal.number),
+        seed=run_seed(sweep, proposal.number),
         threads=threads,
         path=rundir.relative_path(sweep.name, number),
         wandb_run_id=new_wandb_id(run_id),

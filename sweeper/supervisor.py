@@ -266,7 +266,8 @@ class Supervisor:
             )
         if attempt.pid is None and not self._server.is_alive:
             attempt.kill_reason = Ending(Outcome.LOST, "the warm server died before the trainer started")
-        if self._times.progress_s and now - attempt.heard_at_s > self._times.progress_s:
+        is_silent = attempt.pid is not None and now - attempt.heard_at_s > self._times.progress_s
+        if self._times.progress_s and is_silent:
             attempt.kill_reason = Ending(
                 Outcome.LOST,
                 f"no progress for {self._times.progress_s:.0f} s (lease.progress_s; call run.progress() in long evaluations)",
@@ -423,6 +424,8 @@ def _told_ending(said: Message) -> Ending:
         return Ending(Outcome.FENCED, reason)
     if kind == "no_checkpoint":
         return Ending(Outcome.CRASHED, reason, no_checkpoint=True)
+    if said["is_bad_value"]:
+        return Ending(Outcome.CRASHED, reason, detail=said["detail"], is_hopeless=True)
     if said["is_config"]:
         return Ending(Outcome.PREEMPTED, reason, is_config=True)
     if said["is_disk_fault"]:

@@ -5,6 +5,7 @@ Torch-free, and the only process that talks to the database while training goes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -35,8 +36,12 @@ IDLE_POLL_S = 0.2
 
 
 def log(text: str) -> None:
-    """One line for people; progress and logs go to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for people; progress and logs go to stderr. Nobody listening ends no worker."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class StopFlag:
@@ -67,16 +72,17 @@ class StopFlag:
 
     def check(self) -> str | None:
         """The reason to stop, or None."""
-        if self.reason is None and self._launcher_fd is not None and _at_end(self._launcher_fd):
-            self.reason = "the launcher is gone"
+        if self.reason is None and self._launcher_fd is not None:
+            self.reason = _word_of_launcher(self._launcher_fd)
         return self.reason
 
 
-def _at_end(fd: int) -> bool:
+def _word_of_launcher(fd: int) -> str | None:
+    """Why the launcher wants us to stop: what it wrote, or that its end of the pipe is gone."""
     try:
-        return os.read(fd, 4096) == b""
+        return os.read(fd, 4096).decode(errors="replace") or "the launcher is gone"
     except BlockingIOError:
-        return False
+        return None
 
 
 class Worker:
@@ -272,7 +278,7 @@ class Worker:
             step = claim.run.checkpoint_step
             log(
                 f"[RESUME] Found incomplete run {claim.run.run_id} (trial {claim.run.trial}, attempt {claim.run.attempts}, "
-                f"{claim.reason}, last checkpoint {'none' if step is None else f'step {step}'}): {decision.action}, {decision.reason}"
+                f"{claim.reason}, last checkpoint {'none' if step is None else f'step {step}'})"
             )
         return decision
 

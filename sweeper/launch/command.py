@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     settings = read(composed[0], command=_again(rest, composed[1]))
     if flags.is_dry:
         return _dry_run(settings)
+    _warn_of_searched(settings)
     sweep, store = prepare(settings)
     return start(
         sweep, store, storage=settings.storage, data_dir=settings.data_dir, is_detached=flags.is_detached
@@ -154,6 +155,13 @@ def _dry_run(settings: Settings) -> int:
     return EXIT_OK
 
 
+def _warn_of_searched(settings: Settings) -> None:
+    """An override of a parameter that is searched has no effect, which nobody would expect."""
+    given = {o.lstrip("+").partition("=")[0] for o in settings.new.config["command"]}
+    for key in sorted(given & set(settings.new.config["space"])):
+        print(f"sweep {settings.new.name}: {key} is searched; its override has no effect", file=sys.stderr)
+
+
 def prepare(settings: Settings) -> tuple[Sweep, Store]:
     """Create the database and the sweep, or check that the existing one is the same.
 
@@ -203,12 +211,14 @@ def _continue(store: Store, found: Sweep, settings: Settings, config: dict[str, 
             f"sweep {new.name!r} exists with another definition ({'; '.join(changed)})",
             do="Launch it as it was, or choose another name with sweep.name=.",
         )
+    n_trials = max(new.n_trials, found.n_trials)
     if new.n_trials < found.n_trials:
         print(
-            f"sweep {new.name}: n_trials goes down from {found.n_trials} to {new.n_trials}; what was drawn stays",
+            f"sweep {new.name} has {found.n_trials} trials; sweep.n_trials can be raised, not lowered "
+            f"(`sweeper cancel` ends it)",
             file=sys.stderr,
         )
-    store.update_sweep(new.name, n_trials=new.n_trials, config=config)
+    store.update_sweep(new.name, n_trials=n_trials, config=config)
 
 
 def _must_resume(store: Store, sweep: Sweep, data_dir: Path) -> None:

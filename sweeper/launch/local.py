@@ -69,7 +69,8 @@ def run(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_detache
 def _slots(
     sweep: str, num_workers: int, launcher: dict[str, object], *, storage: str, data_dir: Path
 ) -> list[Slot]:
-    threads = thread_count(num_workers)
+    # By what is configured, not by how many are left to start: the number of threads changes the bits.
+    threads = thread_count(int(str(launcher["n_workers"])))
     gpus = int(str(launcher.get("gpus_per_worker") or 0))
     devices = _devices(gpus * num_workers) if gpus else []
     result = []
@@ -160,6 +161,10 @@ class Local:
         for key, _ in self._selector.select(timeout=POLL_S):
             self._read(key.fd, display.line)
         if self._stop is not None:
+            if any(slot.pipe is not None for slot in self._slots):
+                display.line(
+                    "[LAUNCH] stopping: runs are checkpointed at their next step and released; again to kill"
+                )
             self._ask_to_stop(display)
         for slot in self._slots:
             self._look_after(slot, display)
@@ -179,6 +184,8 @@ class Local:
         for slot in self._slots:
             slot.not_before_s = 0.0
             if slot.pipe is not None:
+                with contextlib.suppress(OSError):
+                    os.write(slot.pipe, f"stopped by {signal.Signals(self._stop or 0).name}".encode())
                 os.close(slot.pipe)  # the worker sees the end of the pipe, releases and goes
                 slot.pipe = None
 

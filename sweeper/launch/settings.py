@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from sweeper.config import check_key
 from sweeper.errors import ConfigError
@@ -59,7 +63,10 @@ def read(cfg: DictConfig, *, command: Sequence[str] = ()) -> Settings:
         ) from error
     assert isinstance(storage, dict)
     sweep = config["sweep"]
+    sweep["params"] = sweep["params"] or {}
     check_values(config)
+    check_trainer(str(config["trainer"]["_target_"]))
+    check_storage(str(storage["url"]))
     config["space"] = space_of(sweep["params"])
     for key in config["space"]:
         check_key(config, key)
@@ -245,6 +252,48 @@ def check_values(config: dict[str, Any]) -> None:
     TrackingSettings.from_config(config["tracking"])
 
 
+def check_trainer(target: str) -> None:
+    """Refuse a function that cannot be there, without importing what it lies in.
+
+    Raises:
+        ConfigError: There is no such module, or its source does not mention the function.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, name = target.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError) as error:
+        spec, why = None, f"{type(error).__name__}: {error}"
+    else:
+        why = f"there is no module {module}"
+    source = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    if spec is not None and (
+        source is None or re.search(rf"\b{re.escape(name)}\b|import \*", source.read_text())
+    ):
+        return
+    raise ConfigError(
+        f"trainer._target_={target} cannot be imported",
+        why=why if spec is None else f"{source} has no {name}",
+        do="Name an importable function def train(cfg, run) -> float.",
+    )
+
+
+def check_storage(url: str) -> None:
+    """Refuse a database this version cannot use. Raises ConfigError."""
+    try:
+        backend = make_url(url).get_backend_name()
+    except ArgumentError as error:
+        raise ConfigError(
+            f"storage.url={url!r} is not a database URL", do="Use e.g. sqlite:///outputs/sweeper.db."
+        ) from error
+    if backend != "sqlite":
+        raise ConfigError(
+            f"storage.url: {backend} is not supported by this version",
+            do="Use sqlite:///PATH on a local disk.",
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -271,6 +320,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
         "sweep.metric": sweep["metric"],
         "sweep.direction": sweep["direction"],
     }
+    flat |= {"sweep.run_seed": sweep.get("run_seed")}
     flat |= {f"sweep.params.{key}": value for key, value in sweep["params"].items()}
     searched = set(sweep["params"])
     flat |= {key: value for key, value in _flat("trainer", config["trainer"]) if key not in searched}

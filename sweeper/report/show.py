@@ -266,7 +266,8 @@ def again(run: RunRow, command: list[str]) -> str:
         command: The arguments its sweep was launched with, without name and number of trials.
     """
     name = f"{run['sweep'][:58]}-again"
-    overrides = [*command, f"sweep.name={name}", "sweep.n_trials=1", "sweep.params={}"]
+    overrides = [*command, f"sweep.name={name}", "sweep.n_trials=1", "sweep.params=null"]
+    overrides.append(f"sweep.run_seed={run['seed']}")
     overrides += [rundir.override(key, value) for key, value in run["params"].items()]
     return shlex.join(["python", "-m", "sweeper", "launch", *overrides])
 

@@ -23,6 +23,7 @@ from sweeper import checkpoints, processes, rundir
 from sweeper.channel import Channel, ChannelClosed, Message, WorkerLink
 from sweeper.errors import EXIT_FENCED, EXIT_RELEASED, CheckpointError, ConfigError, Fenced
 from sweeper.trainer.run import (
+    BadValue,
     NoValidCheckpoint,
     Preempted,
     Run,
@@ -103,11 +104,12 @@ def _train(run: Run) -> Message:
 def _tell_error(error: BaseException, link: WorkerLink) -> int:
     text = traceback.format_exc()
     print(text, file=sys.stderr, flush=True)
-    reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, ConfigError | BadValue) else f"{type(error).__name__}: {error}"
     link.tell(
         "error",
         reason=reason[:2000],
         detail=text[-MAX_TRACEBACK_CHARS:],
+        is_bad_value=isinstance(error, BadValue),
         is_config=isinstance(error, ConfigError),
         is_oom=is_out_of_memory(error),
         is_disk_fault=_is_disk_fault(error),

@@ -31,6 +31,10 @@ class TrialPruned(Stop):
     """The pruner stopped this trial; its last reported value is what Optuna is told."""
 
 
+class BadValue(SweeperError):
+    """A training returned something that is not a finite number; it would do so again."""
+
+
 class NoValidCheckpoint(SweeperError):
     """Checkpoints had been committed, but none of them can be used."""
 
@@ -314,13 +318,13 @@ class Run:
 
 
 def checked_value(value: object) -> float:
-    """The number a training returned. Raises TypeError or ValueError with words for people."""
+    """The number a training returned. Raises BadValue."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"the training must return a number, not {type(value).__name__} {str(value)[:60]!r}")
+        raise BadValue(f"the training must return a number, not {type(value).__name__} {str(value)[:60]!r}")
     if not math.isfinite(value):
-        raise ValueError(f"the training returned {value}, which says nothing about its parameters")
+        raise BadValue(f"the training returned {value}, which says nothing about its parameters")
     return float(value)
 
 

@@ -85,7 +85,13 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
         "sampler": {"_target_": "optuna.samplers.RandomSampler"},
         "pruner": {"_target_": "optuna.pruners.NopPruner"},
         "launcher": {"kind": "local", "n_workers": 1},
-        "trainer": {"_target_": "crash.mini.train", "lr": 0.1, "width": 3, "epochs": 2, "reports": "train_loss"},
+        "trainer": {
+            "_target_": "crash.mini.train",
+            "lr": 0.1,
+            "width": 3,
+            "epochs": 2,
+            "reports": "train_loss",
+        },
         "checkpoint": {"every_n_steps": 2, "every_s": None, "keep_last": 2},
         "retry": {"max_lost": 20, "max_crashed": 1, "max_oom": 0},
         "resume": {"mode": "auto", "on_invalid": "fresh"},
@@ -105,7 +111,13 @@ class StoreLink:
     def __init__(
         self, store: Store, search: Search, run: Run, lease: Lease, on_start: Callable[[], None]
     ) -> None:
-        self._store, self._search, self._run, self._lease, self._on_start = store, search, run, lease, on_start
+        self._store, self._search, self._run, self._lease, self._on_start = (
+            store,
+            search,
+            run,
+            lease,
+            on_start,
+        )
         self.stop_reason: str | None = None
         self.said: Message | None = None
         self.refusals: list[str] = []
@@ -136,7 +148,6 @@ class StoreLink:
         elif kind != "lease":
             raise AssertionError(f"the link does not know the question {kind}")
         return {}
-
 
     def _judge(self, *, step: int, value: float) -> bool:
         stored = self._store.verdict(self._run.trial_id, step)
@@ -477,7 +488,9 @@ def final(place: Place) -> Final:
     step, step_dir = _newest(place, last["run_id"])
     files = {name: (step_dir / name).read_bytes() if (step_dir / name).exists() else b"" for name in FILES}
     log = place.run_dir(last["run_id"]) / rundir.METRICS_FILE
-    return Final(files, log.read_bytes() if log.exists() else b"", last["value"], last["state"], step, problems)
+    return Final(
+        files, log.read_bytes() if log.exists() else b"", last["value"], last["state"], step, problems
+    )
 
 
 def _newest(place: Place, run_id: str) -> tuple[int, Path]:

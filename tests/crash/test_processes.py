@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from crash import mini
 from crash.mini import FIRST_RUN, Place, checkpoints
+
 from sweeper import processes, rundir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -50,7 +50,12 @@ class Machine:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         name, value = self.tag.split("=", 1)
-        environment = {**os.environ, name: value, "PYTHONPATH": str(Path(__file__).parent), "SWEEPER_THREADS": "1"}
+        environment = {
+            **os.environ,
+            name: value,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "SWEEPER_THREADS": "1",
+        }
         with open(self.place.log, "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sweeper", *arguments],
@@ -68,7 +73,9 @@ class Machine:
         found = []
         for entry in os.listdir("/proc"):
             try:
-                if entry.isdigit() and self.tag.encode() in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                if entry.isdigit() and self.tag.encode() in Path(f"/proc/{entry}/environ").read_bytes().split(
+                    b"\0"
+                ):
                     found.append(int(entry))
             except OSError:
                 continue
@@ -151,7 +158,8 @@ def machine(fast_dir: Path, where: Path) -> Iterator[Machine]:
 @pytest.fixture(scope="module")
 def expected(fast_dir: Path) -> dict[str, bytes]:
     """The end of a training that nothing disturbs."""
-    made = Machine(new_place(fast_dir / "processes-undisturbed", act="none"))
+    made = Machine(new_place(fast_dir / "processes-undisturbed"))
+    (made.place.data_dir / "go").touch()
     try:
         assert made.worker().wait(LIMIT_S) == 0, made.place.printed()
         assert made.alive() == []
@@ -180,14 +188,19 @@ def test_a_killed_worker_takes_its_trainer_with_it(machine: Machine, expected: d
     assert done < STEPS
     finish(machine)
     assert bytes_at_the_end(machine.place) == expected
-    assert [(row["outcome"], row["lease_epoch"]) for row in machine.attempts()] == [("lost", 1), ("completed", 2)]
+    assert [(row["outcome"], row["lease_epoch"]) for row in machine.attempts()] == [
+        ("lost", 1),
+        ("completed", 2),
+    ]
     assert machine.alive() == []
 
 
 def test_a_killed_warm_server_costs_nothing(machine: Machine, expected: dict[str, bytes]) -> None:
     worker = machine.worker()
     trainer = machine.trainer()
-    servers = [pid for pid in machine.alive() if is_server(pid) and pid != trainer and parent(pid) == worker.pid]
+    servers = [
+        pid for pid in machine.alive() if is_server(pid) and pid != trainer and parent(pid) == worker.pid
+    ]
     assert servers
     for pid in servers:
         os.kill(pid, signal.SIGKILL)
@@ -232,7 +245,10 @@ def test_stopped_past_the_lease_overtaken_and_woken(
     until(lambda: not machine.alive(), "the woken processes ended")
     finish(machine, "third")
     assert bytes_at_the_end(machine.place) == expected
-    assert [(row["outcome"], row["lease_epoch"]) for row in machine.attempts()] == [("lost", 1), ("completed", 2)]
+    assert [(row["outcome"], row["lease_epoch"]) for row in machine.attempts()] == [
+        ("lost", 1),
+        ("completed", 2),
+    ]
 
 
 def test_the_trainer_of_a_stopped_worker_fences_itself(machine: Machine) -> None:
@@ -277,7 +293,9 @@ def test_outcomes_are_told_truthfully(fast_dir: Path, where: Path) -> None:
         assert made.alive() == []
     finally:
         made.end()
-    rows = place.rows("SELECT r.params, r.state, a.* FROM sweeper_run r JOIN sweeper_attempt a USING (run_id) ORDER BY a.attempt")
+    rows = place.rows(
+        "SELECT r.params, r.state, a.* FROM sweeper_run r JOIN sweeper_attempt a USING (run_id) ORDER BY a.attempt"
+    )
     ends: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         ends.setdefault(json.loads(row["params"])["trainer.act"], []).append(row)
@@ -321,7 +339,11 @@ def test_sigterm_releases_with_a_checkpoint_of_that_very_step(
     assert (run["state"], attempt["outcome"]) == ("interrupted", "preempted")
     assert "SIGTERM" in attempt["reason"]
     assert run["owner_token"] is None
-    assert run["checkpoint_step"] == machine.steps_done() == checkpoints.steps_on_disk(machine.place.root())[0][0]
+    assert (
+        run["checkpoint_step"]
+        == machine.steps_done()
+        == checkpoints.steps_on_disk(machine.place.root())[0][0]
+    )
     assert rundir.marker_path(machine.place.run_dir()).exists()
     finish(machine)
     assert f"going on from step {run['checkpoint_step']}" in machine.place.printed()
@@ -342,7 +364,9 @@ def test_a_killed_launcher_releases_its_workers(machine: Machine, expected: dict
     assert bytes_at_the_end(machine.place) == expected
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
 def test_a_launcher_that_is_told_to_stop(
     machine: Machine, expected: dict[str, bytes], number: int, code: int
 ) -> None:
@@ -358,7 +382,9 @@ def test_a_launcher_that_is_told_to_stop(
     assert bytes_at_the_end(machine.place) == expected
 
 
-def test_a_killed_worker_is_started_again_by_its_launcher(machine: Machine, expected: dict[str, bytes]) -> None:
+def test_a_killed_worker_is_started_again_by_its_launcher(
+    machine: Machine, expected: dict[str, bytes]
+) -> None:
     launcher = machine.start("resume", mini.SWEEP)
     machine.trainer()
     owner = json.loads(machine.run()["owner"])["pid"]

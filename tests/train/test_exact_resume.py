@@ -207,7 +207,11 @@ class Training:
     def values(self) -> list[Any]:
         """Everything a restore could change."""
         state = [tensor.clone() for tensor in self.model.state_dict().values()]
-        return [*map(torch.Tensor.tolist, state), str(self.optimizer.state_dict()), torch.get_rng_state().tolist()]
+        return [
+            *map(torch.Tensor.tolist, state),
+            str(self.optimizer.state_dict()),
+            torch.get_rng_state().tolist(),
+        ]
 
 
 @pytest.fixture

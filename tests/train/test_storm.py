@@ -59,7 +59,9 @@ class Sweep:
             "checkpoint.every_n_steps=15", "checkpoint.every_s=null", "tracking.wandb.mode=disabled",
         ]  # fmt: skip
         command = [sys.executable, "-m", "sweeper", "launch", "+sweep=simple", *overrides]
-        return subprocess.Popen(command, env=self.environment, cwd=self.root, stdout=self.log, stderr=self.log)
+        return subprocess.Popen(
+            command, env=self.environment, cwd=self.root, stdout=self.log, stderr=self.log
+        )
 
     def processes(self) -> list[int]:
         """Every process that belongs to this sweep: launcher, workers, servers, trainers, trackers."""
@@ -101,7 +103,9 @@ class Sweep:
             identity = json.loads((directory / "run.json").read_text())
             result = json.loads((directory / "result.json").read_text())
             last = max((directory / "checkpoints").glob("step_*"))
-            files = {name: (last / name).read_bytes() for name in ("model.pth", "optimizer.pt", "rng_state.pt")}
+            files = {
+                name: (last / name).read_bytes() for name in ("model.pth", "optimizer.pt", "rng_state.pt")
+            }
             finals[identity["trial"]] = (
                 identity["params"], result["value"], files, (directory / "metrics.jsonl").read_bytes(),
             )  # fmt: skip
@@ -112,7 +116,9 @@ class Sweep:
         return [str(path) for name in names for path in self.data.rglob(name)]
 
     def open_leases(self) -> int:
-        return self._count("SELECT count(*) FROM sweeper_run WHERE owner_token IS NOT NULL OR state IN ('running', 'interrupted')")
+        return self._count(
+            "SELECT count(*) FROM sweeper_run WHERE owner_token IS NOT NULL OR state IN ('running', 'interrupted')"
+        )
 
     def attempts(self) -> int:
         return self._count("SELECT count(*) FROM sweeper_attempt")

@@ -6,15 +6,18 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sweeps
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from sweeper.config import for_run, to_yaml
 from sweeper.errors import EXIT_CONFIG, ConfigError
-from sweeper.launch import settings
+from sweeper.launch import command, settings
+from sweeper.launch.command import prepare
 from sweeper.launch.settings import Settings, differences, freeze, thread_count
 
 CANARY = "canary-7f3a-do-not-store"
@@ -181,6 +184,28 @@ def test_no_secret_of_the_environment_reaches_what_is_stored(
     config = read(composed(*SECRETS[where])).new.config
     assert CANARY not in json.dumps(config)
     assert CANARY.encode() not in to_yaml(for_run(config, {}))
+
+
+def test_no_byte_of_database_or_run_directory_holds_a_secret(
+    composed: Composed, canaries: None, tmp_path: Path
+) -> None:
+    overrides = [override for group in SECRETS.values() for override in group]
+    found = read(composed(*overrides, f"data_dir={tmp_path}"))
+    sweep, store = prepare(found)
+    for _ in range(2):
+        sweeps.create_directory(sweep, sweeps.must_draw(store, sweep).run, tmp_path)
+    store.close()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"sweeper.db", "config.yaml", "run.json"} <= {path.name for path in files}
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.xfail(strict=True, reason="launch/command.py remembers storage.url= as it was typed")
+def test_a_password_typed_in_the_storage_url_is_not_remembered_as_the_command() -> None:
+    typed = ["+sweep=simple", f"storage.url=postgresql://me:{CANARY}@db.example/sweeper", "trainer.epochs=2"]
+    kept = command._again(typed, typed)
+    assert "trainer.epochs=2" in kept
+    assert CANARY not in " ".join(kept)
 
 
 def test_a_secret_kept_as_text_is_there_for_the_training(composed: Composed, canaries: None) -> None:
