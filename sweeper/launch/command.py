@@ -71,10 +71,13 @@ def main(argv: list[str]) -> int:
 def _again(argv: list[str], overrides: list[str]) -> list[str]:
     """The command line of this launch without what a repetition sets itself."""
     given = [a for a in argv if a not in overrides]
-    kept = [
-        o for o in overrides if not o.lstrip("+").startswith(("sweep.name=", "sweep.n_trials=", "hydra."))
-    ]
-    return [*given, *kept]
+    own = ("sweep.name=", "sweep.n_trials=", "sweep.run_seed=", "hydra.")
+    kept = [o for o in overrides if not o.lstrip("+").startswith(own)]
+    return [a for a in (*given, *kept) if not _may_hold_password(a)]
+
+
+def _may_hold_password(override: str) -> bool:
+    return override.startswith("storage.url=") and "@" in override
 
 
 def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:

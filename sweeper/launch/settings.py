@@ -148,12 +148,12 @@ def check_values(config: dict[str, Any]) -> None:
     """Refuse values that could only fail later."""
     sweep, launcher, lease = config["sweep"], config["launcher"], config["lease"]
     _need(
-        isinstance(sweep["n_trials"], int) and sweep["n_trials"] >= 1,
+        _is_count(sweep["n_trials"]) and sweep["n_trials"] >= 1,
         "sweep.n_trials",
         sweep["n_trials"],
         "Use a number of trials, at least 1.",
     )
-    _need(isinstance(sweep["seed"], int), "sweep.seed", sweep["seed"], "Use a whole number.")
+    _need(_is_count(sweep["seed"]), "sweep.seed", sweep["seed"], "Use a whole number.")
     _need(
         sweep["direction"] in ("minimize", "maximize"),
         "sweep.direction",
@@ -292,6 +292,10 @@ def check_storage(url: str) -> None:
             f"storage.url: {backend} is not supported by this version",
             do="Use sqlite:///PATH on a local disk.",
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -528,8 +528,8 @@ def test_best(sweeper: Any, filled: Filled) -> None:
     shown = sweeper("best", "simple", "--json").json
     assert (shown["run_id"], shown["value"], shown["weights"]) == (run_id, 0.95, weights)
     assert shown["command"] == (
-        "python -m sweeper launch +sweep=simple sweep.name=simple-again sweep.n_trials=1 'sweep.params={}' "
-        "trainer.lr=0.01 'trainer.kind='\"'\"'a b'\"'\"''"
+        "python -m sweeper launch +sweep=simple sweep.name=simple-again sweep.n_trials=1 sweep.params=null "
+        f"sweep.run_seed={shown['seed']} trainer.lr=0.01 'trainer.kind='\"'\"'a b'\"'\"''"
     )
     assert weights in sweeper("best", "simple").out
 

@@ -136,13 +136,16 @@ def hydra() -> Iterator[None]:
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory that README.md lets its reader write: blocks of YAML that name their path, word for word."""
     for block in blocks(ROOT / "README.md", "yaml"):
         (name,) = re.findall(r"^# (\S+\.yaml)\b", block, flags=re.MULTILINE)
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block)
+    (program,) = (block for block in blocks(ROOT / "README.md", "python") if "def train(cfg, run)" in block)
+    (tmp_path / "my_training.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
