@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ MAX_TRIALS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One run directory, read."""
+    """One run directory, read. A finished run may do without its configuration."""
 
     directory: Path
     identity: Identity
     result: dict[str, Any] | None
-    config: dict[str, Any]
-    space: dict[str, str]
+    config: dict[str, Any] | None = None
+    space: dict[str, str] | None = None
 
     @property
     def state(self) -> State | None:
@@ -151,19 +151,29 @@ def read(run_dir: Path) -> Found:
         raise Damaged(f"{run_dir} lies in the directory of another sweep")
     if identity.trial >= MAX_TRIALS:
         raise Damaged(f"{run_dir / rundir.RUN_FILE} has trial number {identity.trial}")
-    config = rundir.read_config(run_dir, identity.config_digest)
-    try:
-        space = _space_of(config, identity)
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise Damaged(
-            f"{run_dir / rundir.CONFIG_FILE} is not a run's configuration", why=str(error)
-        ) from error
     try:
         result = rundir.read_result(run_dir)
     except Damaged as error:
         print(f"sweeper: {error}; {identity.run_id} is taken for incomplete", file=sys.stderr)
         result = None
-    return Found(run_dir, identity, result, config, space)
+    found = Found(run_dir, identity, result)
+    try:
+        config = rundir.read_config(run_dir, identity.config_digest)
+        return replace(found, config=config, space=_space_of(config, identity))
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ConfigError,
+        Damaged,
+        FileNotFoundError,
+    ) as error:
+        damage = Damaged(f"{run_dir / rundir.CONFIG_FILE} is not this run's configuration", why=str(error))
+        if found.state is None:
+            raise damage from error
+        print(f"sweeper: {damage}; the result of {identity.run_id} is kept", file=sys.stderr)
+        return found
 
 
 def _space_of(config: dict[str, Any], identity: Identity) -> dict[str, str]:
@@ -185,15 +195,18 @@ def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
     """Sweep, trials, runs and lineage, as the database shall have them.
 
     Raises:
-        ConfigError: The sweep's grid cannot be walked.
+        ConfigError: No run has its configuration, or the sweep's grid cannot be walked.
     """
     from sweeper.search import grid, is_grid
 
     entries = sorted(entries, key=lambda entry: entry.identity.number)
-    newest = entries[-1]
-    config = {**newest.config, "space": newest.space}
+    config, space = next(((e.config, e.space) for e in reversed(entries) if e.config), (None, None))
+    if config is None or space is None:
+        raise ConfigError(f"no run of sweep {name!r} has its configuration")
+    config = {**config, "space": space}
+    entries = [entry for entry in entries if entry.config or _fits(entry, space)]
     sweep = config["sweep"]
-    points = grid(newest.space) if is_grid(config["sampler"]) else []
+    points = grid(space) if is_grid(config["sampler"]) else []
     # Trials of a grid are the points in order; a number without a directory waits again.
     n_trials = min(sweep["n_trials"], len(points)) if points else sweep["n_trials"]
     states = _states(entries)
@@ -203,7 +216,7 @@ def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
     by_id = {entry.identity.run_id: entry for entry in entries}
     return Restored(
         new=NewSweep(name, sweep["seed"], n_trials, sweep["metric"], sweep["direction"], config),
-        trials=[_trial(number, by_trial.get(number), points, newest.space) for number in range(last + 1)],
+        trials=[_trial(number, by_trial.get(number), points, space) for number in range(last + 1)],
         runs=runs,
         values={run_id: _value(entry) for run_id, entry in by_id.items()},
         reasons={run_id: str((entry.result or {}).get("reason", "")) for run_id, entry in by_id.items()},
@@ -215,8 +228,20 @@ def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
             if run.state.is_final and _has_pruner(config)
         },
         retried={entry.identity.retry_of for entry in entries if entry.identity.retry_of},
-        next_run=_next_run(newest.directory.parent),
+        next_run=_next_run(entries[-1].directory.parent),
     )
+
+
+def _fits(entry: Found, space: dict[str, str]) -> bool:
+    """Whether a run without its configuration has parameters of the sweep's space."""
+    from sweeper.search import proposal
+
+    try:
+        proposal(entry.identity.trial, entry.identity.params, space)
+    except (KeyError, TypeError, ValueError) as error:
+        _leave_out(entry.directory, Damaged(f"its parameters are not of the sweep's space: {error}"))
+        return False
+    return True
 
 
 def _states(entries: Sequence[Found]) -> dict[str, State]:

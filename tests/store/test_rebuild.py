@@ -495,6 +495,21 @@ def test_hostile_directories_are_left_out_and_named_and_the_others_come_back(
     assert drawn[0].number == last.run.number + 1, "their numbers are not used again"
 
 
+def test_a_finished_run_keeps_its_value_without_its_configuration(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = sweeps.make(world.store, n_trials=2)
+    damaged, whole = world.draw(sweep), world.draw(sweep)
+    world.complete(damaged, 0.25)
+    world.complete(whole, 0.5)
+    (world.data_dir / damaged.run.path / "config.yaml").write_text("sweep: {}\n")
+    code, store = world.rebuild()
+    assert code == EXIT_OK
+    assert f"the result of {damaged.run.run_id} is kept" in capsys.readouterr().err
+    assert [run.state for run in runs(store).values()] == [State.COMPLETED, State.COMPLETED]
+    assert store.count_left(store.sweep("simple").sweep_id) == (0, 0)
+
+
 @pytest.mark.parametrize("kind", ["a link", "no run.json", "another run's run.json", "a YAML bomb"])
 def test_the_number_of_a_hostile_directory_is_not_used_again(world: World, kind: str) -> None:
     sweep = sweeps.make(world.store)
