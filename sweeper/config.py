@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from sweeper.errors import ConfigError
 from sweeper.records import Params, ParamValue
+
+_PLAIN_TEXT = re.compile(r"(?!(?:[yY]|[nN]|[oO][nN]|[oO][fF][fF]|nan|inf)\Z)[A-Za-z_][A-Za-z_.-]*\Z")
 
 LAUNCH_ONLY = ("space", "stop_at", "command")
 """Keys that a launch adds to the stored configuration; a run's config.yaml has no use for them."""
@@ -75,6 +79,21 @@ def to_yaml(config: Mapping[str, Any]) -> bytes:
     """YAML that OmegaConf reads back to the same values."""
     import yaml
 
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(dict(config), Dumper=dumper, sort_keys=True, allow_unicode=True, width=1000)
+    text: str = yaml.dump(dict(config), Dumper=_dumper(), sort_keys=True, allow_unicode=True, width=1000)
     return text.encode()
+
+
+@cache
+def _dumper() -> Any:
+    """A dumper that quotes what might be read as something other than text; PyYAML overlooks `1e-5`."""
+    import yaml
+
+    class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+        pass
+
+    def text(dumper: Any, value: str) -> Any:
+        style = None if _PLAIN_TEXT.match(value) else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return Dumper

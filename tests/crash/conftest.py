@@ -40,6 +40,13 @@ def undisturbed(fast_dir: Path, fresh: Place) -> tuple[Trace, Final]:
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory as well."""
+    with mini.fast_dir() as path:
+        yield path
+
+
+@pytest.fixture
 def where(fast_dir: Path, request: pytest.FixtureRequest) -> Path:
     """A name in memory that nothing is at yet."""
     return fast_dir / f"{request.node.name}".replace("/", "_")

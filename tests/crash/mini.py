@@ -80,7 +80,7 @@ def train(cfg: Any, run: Any) -> float:
 def config(**changes: dict[str, Any]) -> dict[str, Any]:
     """What a launch of the one-trial sweep would store; `changes` are by group."""
     groups = {
-        "sweep": {"name": SWEEP, "params": {"trainer.lr": "interval(0.01, 0.1)"}},
+        "sweep": {"name": SWEEP, "params": {"trainer.lr": "interval(0.01, 0.1)"}, "stop_after_s": None},
         "space": {"trainer.lr": search.distribution_of("trainer.lr", "interval(0.01, 0.1)")},
         "sampler": {"_target_": "optuna.samplers.RandomSampler"},
         "pruner": {"_target_": "optuna.pruners.NopPruner"},

@@ -32,6 +32,7 @@ from crash.mini import (
 
 from sweeper import observer, processes, worker
 from sweeper.errors import Fenced
+from sweeper.tracking import MetricsLog, read_rows
 
 Check = Callable[[int, Path], str | None]
 
@@ -101,6 +102,41 @@ def test_a_woken_resume_changes_nothing_wherever_it_was_stopped(
     damage(torn.root() / "step_00000004")
     trace = traced(torn.copy(fast_dir / "fencing-traced"), fast_dir / "fencing.trace")
     assert failures(overtaken(torn, undisturbed[1]), range(len(trace))) == []
+
+
+def test_rows_of_an_old_owner_go_to_a_file_that_nobody_reads(tmp_path: Path) -> None:
+    def fenced() -> None:
+        raise Fenced("lost")
+
+    path = tmp_path / "metrics.jsonl"
+    is_lost: list[bool] = []
+    old = MetricsLog(path, check_lease=lambda: fenced() if is_lost else None)
+    old.write(1, {"loss": 1.0})
+    offset = old.sync()
+    old.write(2, {"loss": 2.0})
+    is_lost.append(True)
+    new = MetricsLog(path, offset=offset)
+    old.write(3, {"loss": 3.0})
+    old.sync()
+    new.write(2, {"loss": 22.0})
+    with pytest.raises(Fenced):
+        old.ensure_in_place()
+    with pytest.raises(Fenced):
+        MetricsLog(path, check_lease=fenced)
+    assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 1.0), (2, 22.0)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_owner_whose_log_was_displaced_puts_its_own_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    mine = MetricsLog(path)
+    mine.write(1, {"loss": 1.0})
+    MetricsLog(path).close()
+    assert list(read_rows(path)) == []
+    assert mine.ensure_in_place()
+    mine.write(2, {"loss": 2.0})
+    assert not mine.ensure_in_place()
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
 # --- the occupied name -----------------------------------------------------------------------

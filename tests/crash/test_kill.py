@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from crash.mini import (
+    SWEEP,
     Final,
     KillAt,
     Place,
+    Store,
     Trace,
+    config,
     damage,
     failures,
     final,
@@ -169,6 +172,19 @@ def test_kill_at_every_operation_of_superseding(
     cases = superseding(supersede_trace)
     assert failures(killed_then_finished(hopeless, undisturbed[1]), cases) == []
     assert failures(killed_then_finished(hopeless, undisturbed[1], second=2), cases[::3]) == []
+
+
+@pytest.mark.slow
+def test_kill_at_every_operation_of_superseding_by_resume_mode_never(
+    fast_dir: Path, interrupted: Place, undisturbed: tuple[Trace, Final]
+) -> None:
+    place = interrupted.copy(fast_dir / "never")
+    store = Store(place.url)
+    store.update_sweep(SWEEP, n_trials=1, config=config(resume={"mode": "never"}))
+    store.close()
+    cases = superseding(traced(place.copy(fast_dir / "never-undisturbed"), fast_dir / "never.trace"))
+    assert len(cases) > 40
+    assert failures(killed_then_finished(place, undisturbed[1]), cases) == []
 
 
 # --- adopting a result -----------------------------------------------------------------------

@@ -81,7 +81,13 @@ def base() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["no-loader-processes", "two-loader-processes"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(0, id="no-loader-processes"),
+        pytest.param(2, id="two-loader-processes", marks=pytest.mark.slow),
+    ],
+)
 def sweep(base: Path, request: pytest.FixtureRequest) -> tuple[Place, Final]:
     """A fresh sweep, and the end of an undisturbed training of it."""
     place = mini.new_place(
