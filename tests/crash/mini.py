@@ -93,7 +93,7 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
             "reports": "train_loss",
         },
         "checkpoint": {"every_n_steps": 2, "every_s": None, "keep_last": 2},
-        "retry": {"max_lost": 20, "max_crashed": 1, "max_oom": 0},
+        "retry": {"max_lost": 20, "max_crashed": 0, "max_oom": 0},
         "resume": {"mode": "auto", "on_invalid": "fresh"},
         "lease": {"heartbeat_s": 10.0, "ttl_s": 60.0, "progress_s": 0, "grace_s": 5.0},
         "tracking": {"wandb": {"mode": "disabled"}, "tensorboard": {"enabled": False}},
@@ -453,6 +453,20 @@ def damage(step_dir: Path, name: str = "model.pth", *, at: int = 100) -> None:
 
 
 # --- what must be true in the end ------------------------------------------------------------
+
+
+def broken_order(place: Place) -> str | None:
+    """What a crash may leave at no moment: a final state without its result, training without a marker."""
+    for run in place.rows("SELECT run_id, state FROM sweeper_run"):
+        run_dir = place.run_dir(run["run_id"])
+        has_result = (run_dir / rundir.RESULT_FILE).exists()
+        if run["state"] in OPTUNA and not has_result:
+            return f"{run['run_id']} is {run['state']} in the database, and has no result.json"
+        is_open = run["state"] in ("running", "interrupted")
+        has_begun = has_result or (run_dir / rundir.METRICS_FILE).exists()
+        if is_open and has_begun and not rundir.marker_path(run_dir).exists():
+            return f"{run['run_id']} is {run['state']}, and has no marker"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from crash.mini import (
     Place,
     Store,
     Trace,
+    broken_order,
     config,
     damage,
     failures,
@@ -35,6 +36,8 @@ def killed_then_finished(base: Place, end: Final, *, second: int | None = None) 
         place = base.copy(where)
         if not was_killed(finish(place, probe=KillAt(at))):
             return "nobody was killed"
+        if found := broken_order(place):
+            return found
         if second is not None:
             finish(place, probe=KillAt(random.Random(at + second).randrange(150)))
         status = finish(place)

@@ -19,9 +19,9 @@ from crash.mini import FIRST_RUN, Place, checkpoints
 
 from sweeper import processes, rundir
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-LIMIT_S = 90.0
+LIMIT_S = 180.0
 TAG = "SWEEPER_CRASH_TEST"
 STEPS = 24
 SLOW_FROM = 5

@@ -383,7 +383,7 @@ def test_offline_attempts_hold_each_step_once_together(
     found = steps_on_disk(run_dir)
     assert [step for steps in found.values() for step in steps] == list(range(1, 500 * kills + 21))
     for name in found:  # W&B's own reader agrees, and the server ends up with each step once
-        command = ["wandb", "sync", str(run_dir / "wandb" / name)]
+        command = [sys.executable, "-m", "wandb", "sync", str(run_dir / "wandb" / name)]
         subprocess.run(command, cwd=run_dir.parent, capture_output=True, timeout=60)
     assert server.runs[WANDB_ID].steps == list(range(1, 500 * kills + 21))
 
