@@ -415,6 +415,7 @@ def supersede(
 
     New number → new directory and marker durable → one transaction → old result → old marker.
     """
+    store.check(lease)  # an owner that was overtaken leaves no directory that nobody will adopt
     fresh = _unadopted(store, sweep, run, data_dir) or _fresh_run(store, sweep, run)
     fresh_dir = data_dir / fresh.path
     create(fresh, fresh_dir)

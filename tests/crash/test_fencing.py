@@ -70,14 +70,20 @@ def overtaken(base: Place, end: Final) -> Check:
             wait(zombie)
         if (status := finish(place)) != 0:
             return f"the next worker ended with {status}: {place.printed()}"
-        return end.differs(without_drafts(final(place)))
+        return end.differs(what_counts(place))
 
     return check
 
 
-def without_drafts(found: Final) -> Final:
-    """A fenced owner deletes nothing, its own unfinished files included: they count for nothing."""
-    names = ("/.tmp-", ".tmp is left", "/.trash is left")
+def what_counts(place: Place) -> Final:
+    """The end of a place, without unfinished files of a fenced owner: it deletes nothing, they count for nothing.
+
+    Among them is the directory of a fresh run that the database never heard of.
+    """
+    found = final(place)
+    known = {row["run_id"] for row in place.rows("SELECT run_id FROM sweeper_run")}
+    strange = {path.name for path in place.run_dir().parent.iterdir()} - known
+    names = ("/.tmp-", ".tmp is left", "/.trash is left", *(f"/{run_id}/" for run_id in strange))
     problems = [text for text in found.problems if not any(name in text for name in names)]
     return dataclasses.replace(found, problems=problems)
 

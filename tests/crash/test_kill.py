@@ -26,6 +26,8 @@ from crash.mini import (
     was_killed,
 )
 
+from sweeper.rundir import read_result
+
 Check = Callable[[int, Path], str | None]
 
 
@@ -193,18 +195,45 @@ def test_kill_at_every_operation_of_superseding_by_resume_mode_never(
 # --- adopting a result -----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def with_result(fast_dir: Path, fresh: Place, undisturbed: tuple[Trace, Final]) -> Place:
+    """Killed when result.json was durable, before the database knew."""
+    kinds = [kind_of(*operation) for operation in undisturbed[0]]
+    place = fresh.copy(fast_dir / "with-result")
+    assert was_killed(finish(place, probe=KillAt(kinds.index("link result.json") + 1)))
+    return place
+
+
+def test_a_result_on_disk_is_adopted_not_trained_again(
+    with_result: Place, undisturbed: tuple[Trace, Final], where: Path, fast_dir: Path
+) -> None:
+    place = with_result.copy(where)
+    trace = traced(place, fast_dir / "adopted.trace")
+    assert not {"create .metrics", "mkdir draft", "create .result.json"} & names(trace)
+    assert "had written the result (completed); adopted" in place.printed()
+    assert read_result(place.run_dir())["lease_epoch"] == 1  # type: ignore[index]
+    assert undisturbed[1].differs(final(place)) is None
+
+
+def test_a_result_of_an_epoch_before_the_last_is_moved_aside(
+    with_result: Place, undisturbed: tuple[Trace, Final], where: Path
+) -> None:
+    """Its adopter was killed: what came in between cannot be known, the end is reached anew."""
+    place = with_result.copy(where)
+    assert was_killed(finish(place, probe=KillAt(0)))
+    assert finish(place) == 0
+    assert read_result(place.run_dir())["lease_epoch"] == 3  # type: ignore[index]
+    assert len(list(place.run_dir().glob("result.aside.*.json"))) == 1
+    assert undisturbed[1].differs(final(place)) is None
+
+
 @pytest.mark.slow
 def test_kill_at_every_operation_of_adopting_a_result(
-    fast_dir: Path, fresh: Place, undisturbed: tuple[Trace, Final]
+    with_result: Place, undisturbed: tuple[Trace, Final], fast_dir: Path
 ) -> None:
-    trace, end = undisturbed
-    linked = next(i for i, operation in enumerate(trace) if kind_of(*operation) == "link result.json")
-    place = fresh.copy(fast_dir / "with-result")
-    assert was_killed(finish(place, probe=KillAt(linked + 1)))
-    adopting = traced(place.copy(fast_dir / "adopting"), fast_dir / "adopting.trace")
+    adopting = traced(with_result.copy(fast_dir / "adopting"), fast_dir / "adopting.trace")
     assert "unlink mini.r.00000.incomplete" in names(adopting)
-    assert "mkdir draft" not in names(adopting), "the result is adopted, nothing is trained again"
-    assert failures(killed_then_finished(place, end), range(len(adopting))) == []
+    assert failures(killed_then_finished(with_result, undisturbed[1]), range(len(adopting))) == []
 
 
 # --- a run that is pruned --------------------------------------------------------------------

@@ -335,7 +335,7 @@ def test_a_refusal_inside_a_writer_that_hides_it_is_still_the_disks(tmp_path: Pa
 
     def hides(file: checkpoints.DigestingFile) -> None:
         try:
-            file.write(b"x")
+            file.write(bytes(1 << 20))
         except OSError:
             raise RuntimeError("unexpected pos 64 vs 0") from None
 
@@ -343,6 +343,25 @@ def test_a_refusal_inside_a_writer_that_hides_it_is_still_the_disks(tmp_path: Pa
     monkeypatch.setattr(fsops, "probe", full)
     with pytest.raises(OSError, match="No space left"):
         made.add("model.pth", hides)
+
+
+@pytest.mark.parametrize("size", [1, 100, 64 << 10, 1 << 20, 3 << 20])
+def test_what_is_written_in_pieces_is_written_whole(tmp_path: Path, size: int) -> None:
+    """Small pieces are collected, large ones are not; the digest is of the bytes on disk."""
+    data = random.Random(size).randbytes(4 << 20)
+
+    def write(file: checkpoints.DigestingFile) -> None:
+        for start in range(0, len(data), size) if size > 50 else (0,):
+            file.write(memoryview(data)[start : start + size] if size > 50 else data[:1])
+            if start % 7 == 0:
+                file.write(b"")
+
+    made = Draft(tmp_path, RUN, 7, 1, ((1, 0),), None, "config")
+    made.add("model.pth", write)
+    written = (made.directory / "model.pth").read_bytes()
+    assert written == (data if size > 50 else data[:1])
+    assert made.files["model.pth"] == (len(written), checkpoints.digest(written))
+    assert is_valid(commit(made))
 
 
 def test_a_discarded_draft_is_gone_and_a_committed_one_stays(tmp_path: Path) -> None:
