@@ -65,12 +65,12 @@ def failed_then_finished(base: Place, trace: Trace, end: Final, *, stays: bool, 
 
 def test_one_refused_operation(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(failed_then_finished(fresh, trace, end, stays=False), range(1, len(trace), 9)) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=False), range(1, len(trace), 12)) == []
 
 
 def test_a_disk_that_stays_bad(fresh: Place, undisturbed: tuple[Trace, Final]) -> None:
     trace, end = undisturbed
-    assert failures(failed_then_finished(fresh, trace, end, stays=True), range(2, len(trace), 15)) == []
+    assert failures(failed_then_finished(fresh, trace, end, stays=True), range(2, len(trace), 20)) == []
 
 
 @pytest.mark.slow
@@ -100,6 +100,22 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written(
     assert "step 2 could not be saved" in place.printed()
     attempts = place.rows("SELECT outcome FROM sweeper_attempt")
     assert attempts == [{"outcome": "completed"}], "one attempt, undisturbed by the disk"
+    assert end.differs(final(place)) is None
+
+
+@pytest.mark.parametrize("number", ERRNOS)
+def test_a_refusal_that_ends_an_attempt_is_no_crash_of_the_training(
+    fresh: Place, undisturbed: tuple[Trace, Final], where: Path, number: int
+) -> None:
+    """It costs nothing of the budgets, of which this sweep has none for crashes."""
+    trace, end = undisturbed
+    at = next(i for i, operation in enumerate(trace) if kind_of(*operation) == "create .metrics")
+    place = fresh.copy(where)
+    assert finish(place, probe=FailAt(at, number)) == 0
+    rows = place.rows("SELECT outcome, reason, detail FROM sweeper_attempt ORDER BY attempt")
+    assert [row["outcome"] for row in rows] == ["lost", "completed"]
+    assert os.strerror(number) in rows[0]["reason"]
+    assert "Traceback" in rows[0]["detail"]
     assert end.differs(final(place)) is None
 
 
