@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sweeper import clock, processes
-from sweeper.records import ProcessId
+from sweeper.records import ProcessId, Suspect
 from sweeper.recovery import back_off_s
-from sweeper.store import Suspect
 
 
 @dataclass(slots=True)

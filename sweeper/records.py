@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sweeper.states import Outcome, State
@@ -31,6 +32,37 @@ class ProcessId:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """A trial that may be drawn: from the sampler, or one that waits in the study.
+
+    Attributes:
+        number: The trial's number. A sampled one is drawn only while this is still the next.
+        waiting_id: Optuna's id of a WAITING trial; None for a sampled one.
+        internal: Parameter → (Optuna's internal representation, JSON of its distribution).
+    """
+
+    number: int
+    params: Params
+    internal: Mapping[str, tuple[float, str]]
+    waiting_id: int | None = None
+    system_attrs: Mapping[str, Any] = field(default_factory=dict)
+    retry_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewSweep:
+    """What a launch asks for: identity, size and configuration of a sweep."""
+
+    name: str
+    seed: int
+    n_trials: int
+    metric: str
+    direction: str
+    config: dict[str, Any]
+    grid: Sequence[Proposal] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """A named search, as the database holds it. `config` is the composed launch configuration."""
 
@@ -43,6 +75,18 @@ class Sweep:
     direction: str
     config: dict[str, Any]
     is_cancelled: bool
+
+    def run_seed(self, trial: int) -> int:
+        """The seed of every run of a trial: 32 bits from the sweep's seed and the trial's number.
+
+        `sweep.run_seed` overrules it, so that one run can be trained again to the same bits.
+        """
+        from hashlib import sha256
+
+        fixed: int | None = self.config.get("sweep", {}).get("run_seed")
+        if fixed is not None:
+            return fixed
+        return int.from_bytes(sha256(f"{self.seed}:{trial}".encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +152,19 @@ class Claim:
     is_new: bool
     reason: str
     previous: tuple[ProcessId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A running run of somebody else, as an observer sees it."""
+
+    run_id: str
+    lease_epoch: int
+    heartbeat: int
+    lease_until: float
+    lost_count: int
+    owner: ProcessId
+    processes: tuple[ProcessId, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -53,6 +54,11 @@ def check_sweep_name(name: str) -> str:
 def run_id(sweep: str, number: int) -> str:
     """The stable id of a run: `<sweep>.r.00012`."""
     return f"{sweep}.r.{number:05d}"
+
+
+def new_wandb_id(run_id: str) -> str:
+    """The W&B id of a run: its own id and 8 random characters, so that a reused name never collides."""
+    return f"{run_id}.{secrets.token_hex(4)}"
 
 
 def relative_path(sweep: str, number: int) -> str:

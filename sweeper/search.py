@@ -35,8 +35,8 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.errors import ConfigError
-from sweeper.records import Params, ParamValue, Run, Sweep
-from sweeper.store import Proposal, Store, TrialRow
+from sweeper.records import Params, ParamValue, Proposal, Run, Sweep
+from sweeper.store import Store, TrialRow
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -16,7 +16,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,18 @@ from sqlalchemy.engine import Connection, Engine, Row, make_url
 
 from sweeper import clock, processes, rundir, schema
 from sweeper.errors import ConfigError, Fenced, NotFound, StorageError, SweeperError
-from sweeper.records import Claim, Ending, Lease, Params, ParamValue, ProcessId, Run, Sweep
+from sweeper.records import (
+    Claim,
+    Ending,
+    Lease,
+    NewSweep,
+    ParamValue,
+    ProcessId,
+    Proposal,
+    Run,
+    Suspect,
+    Sweep,
+)
 from sweeper.recovery import MAX_BACK_OFF_S
 from sweeper.states import INCOMPLETE, OPTUNA_STATE, SETTLES, Event, Outcome, State, source, target
 
@@ -54,50 +65,6 @@ NETWORK_FILE_SYSTEMS = frozenset(
     ]
 )
 _OURS = {Outcome.LOST: "lost_count", Outcome.CRASHED: "crashed_count", Outcome.OOM: "oom_count"}
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A running run of somebody else, as an observer sees it."""
-
-    run_id: str
-    lease_epoch: int
-    heartbeat: int
-    lease_until: float
-    lost_count: int
-    owner: ProcessId
-    processes: tuple[ProcessId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """A trial that may be drawn: from the sampler, or one that waits in the study.
-
-    Attributes:
-        number: The trial's number. A sampled one is drawn only while this is still the next.
-        waiting_id: Optuna's id of a WAITING trial; None for a sampled one.
-        internal: Parameter → (Optuna's internal representation, JSON of its distribution).
-    """
-
-    number: int
-    params: Params
-    internal: Mapping[str, tuple[float, str]]
-    waiting_id: int | None = None
-    system_attrs: Mapping[str, Any] = field(default_factory=dict)
-    retry_of: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NewSweep:
-    """What a launch asks for: identity, size and configuration of a sweep."""
-
-    name: str
-    seed: int
-    n_trials: int
-    metric: str
-    direction: str
-    config: dict[str, Any]
-    grid: Sequence[Proposal] = ()
 
 
 # --- engines -------------------------------------------------------------------------------
@@ -1273,24 +1240,6 @@ def _end_attempt(
 # --- rows and values -----------------------------------------------------------------------
 
 
-def new_wandb_id(run_id: str) -> str:
-    """The W&B id of a run: its own id and 8 random characters, so that a reused name never collides."""
-    return f"{run_id}.{secrets.token_hex(4)}"
-
-
-def run_seed(sweep: Sweep, trial: int) -> int:
-    """The seed of every run of a trial: 32 bits from the sweep's seed and the trial's number.
-
-    `sweep.run_seed` overrules it, so that one run can be trained again to the same bits.
-    """
-    fixed: int | None = sweep.config.get("sweep", {}).get("run_seed")
-    if fixed is not None:
-        return fixed
-    from hashlib import sha256
-
-    return int.from_bytes(sha256(f"{sweep.seed}:{trial}".encode()).digest()[:4], "big")
-
-
 def _new_run(sweep: Sweep, number: int, *, trial_id: int, proposal: Proposal, threads: int) -> Run:
     run_id = rundir.run_id(sweep.name, number)
     return Run(
@@ -1300,10 +1249,10 @@ def _new_run(sweep: Sweep, number: int, *, trial_id: int, proposal: Proposal, th
         trial_id=trial_id,
         trial=proposal.number,
         params=dict(proposal.params),
-        seed=run_seed(sweep, proposal.number),
+        seed=sweep.run_seed(proposal.number),
         threads=threads,
         path=rundir.relative_path(sweep.name, number),
-        wandb_run_id=new_wandb_id(run_id),
+        wandb_run_id=rundir.new_wandb_id(run_id),
         state=State.RUNNING,
         lease_epoch=1,
         attempts=1,

@@ -24,7 +24,7 @@ from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperE
 from sweeper.observer import Observer
 from sweeper.records import Claim, Ending, Lease, Run, Sweep
 from sweeper.recovery import Action, Decision
-from sweeper.rundir import Damaged, Identity
+from sweeper.rundir import Damaged, Identity, new_wandb_id
 from sweeper.search import Search
 from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store
@@ -436,8 +436,6 @@ def close_superseded(run_dir: Path, *, lease_epoch: int, by: str | None, reason:
 
 
 def _fresh_run(store: Store, sweep: Sweep, run: Run) -> Run:
-    from sweeper.store import new_wandb_id
-
     number = store.reserve_number(sweep.sweep_id)
     run_id = rundir.run_id(sweep.name, number)
     return replace(

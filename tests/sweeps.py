@@ -13,11 +13,11 @@ import sqlalchemy as sa
 
 from sweeper import checkpoints, processes, rundir
 from sweeper.config import for_run, to_yaml
-from sweeper.records import Claim, Ending, Lease, Run, Sweep
+from sweeper.records import Claim, Ending, Lease, NewSweep, Run, Suspect, Sweep
 from sweeper.rundir import Identity
 from sweeper.search import Search, grid, is_grid, space_of
 from sweeper.states import Outcome, State
-from sweeper.store import NewSweep, Store, Suspect
+from sweeper.store import Store
 
 SPACE = {
     "trainer.lr": "tag(log, interval(1e-4, 1e-1))",

@@ -18,8 +18,8 @@ from sqlalchemy.exc import ArgumentError
 
 from sweeper.config import check_key
 from sweeper.errors import ConfigError
+from sweeper.records import NewSweep
 from sweeper.search import grid, is_grid, make, space_of
-from sweeper.store import NewSweep
 
 OURS = ("sampler", "pruner", "launcher", "checkpoint", "retry", "resume", "lease", "tracking", "sweep")
 """Groups a worker reads: resolved once, at the launch."""

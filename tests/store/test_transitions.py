@@ -11,9 +11,9 @@ import sweeps
 from sweeper import processes
 from sweeper import store as store_module
 from sweeper.errors import Fenced
-from sweeper.records import Claim, Ending, Lease, Sweep
+from sweeper.records import Claim, Ending, Lease, Suspect, Sweep
 from sweeper.states import OPTUNA_STATE, TRANSITIONS, Event, Outcome, State
-from sweeper.store import Store, Suspect
+from sweeper.store import Store
 
 ENDINGS = {
     Event.RELEASE: Ending(Outcome.PREEMPTED, "SIGTERM"),

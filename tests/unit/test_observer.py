@@ -12,8 +12,7 @@ import pytest
 
 from sweeper import alive, clock, processes
 from sweeper.observer import Observer
-from sweeper.records import ProcessId
-from sweeper.store import Suspect
+from sweeper.records import ProcessId, Suspect
 
 TTL_S = 60.0
 HEARTBEAT_S = 10.0
