@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from sweeper import processes, rundir
+from sweeper.database import upgrade_schema
 from sweeper.errors import EXIT_OK, SweeperError
 from sweeper.records import Claim, Ending, ProcessId, Run
 from sweeper.report.hints import next_command
 from sweeper.states import INCOMPLETE, Outcome, State
-from sweeper.store import Store, upgrade_schema
+from sweeper.store import Store
 from sweeper.worker import settle
 
 _CLAIM_TRIES = 50

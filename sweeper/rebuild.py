@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, processes, rundir
+from sweeper.database import create_database
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotFound, SweeperError
 from sweeper.records import NewSweep, ProcessId, Proposal, Run
 from sweeper.recovery import MAX_FLOAT, final_state
 from sweeper.report.hints import next_command
+from sweeper.restored import Restored
 from sweeper.rundir import Damaged, Identity
 from sweeper.states import State
-from sweeper.store import Restored, Store, create_database
+from sweeper.store import Store
 from sweeper.tracking import read_rows
 
 MAX_TRIALS = 1_000_000

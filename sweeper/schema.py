@@ -1,6 +1,6 @@
 """Our tables, beside Optuna's in the same database. Times are Unix seconds, UTC.
 
-Optuna's tables (`studies`, `trials`, …) are created by Optuna; `sweeper.store` writes rows of
+Optuna's tables (`studies`, `trials`, …) are created by Optuna; `sweeper.optuna_rows` writes rows of
 its trials itself, so that a trial and its run are one transaction.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 
 PREFIX = "sweeper_"
 OPTUNA_REVISION = "v3.2.0.a"
-"""The revision of Optuna's tables (schema 12) that `sweeper.store` was written for."""
+"""The revision of Optuna's tables (schema 12) that `sweeper.optuna_rows` was written for."""
 
 OPTUNA_INDEXES = (
     "CREATE INDEX sweeper_trials_number ON trials (study_id, number)",

@@ -35,8 +35,9 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.errors import ConfigError
+from sweeper.optuna_rows import TrialRow
 from sweeper.records import Params, ParamValue, Proposal, Run, Sweep
-from sweeper.store import Store, TrialRow
+from sweeper.store import Store
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

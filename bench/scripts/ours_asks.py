@@ -9,9 +9,10 @@ import sys
 
 from bench.crowd import Act, answer, crowd
 from sweeper import processes, search
+from sweeper.database import create_database
 from sweeper.records import Ending, NewSweep
 from sweeper.states import Outcome, State
-from sweeper.store import Store, create_database
+from sweeper.store import Store
 
 SPACE = {
     "trainer.lr": "tag(log, interval(1e-4, 1e-1))",

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, rundir
+from sweeper.database import create_database
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotWell, UsageError
 from sweeper.launch.settings import Settings
 from sweeper.records import Sweep
 from sweeper.states import INCOMPLETE
-from sweeper.store import Store, create_database
+from sweeper.store import Store
 
 OPTIONAL_VARIABLES = (
     "SWEEPER_DATA_DIR",

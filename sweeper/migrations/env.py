@@ -1,4 +1,4 @@
-"""Run by Alembic; the connection is handed over by `sweeper.store.upgrade_schema`."""
+"""Run by Alembic; the connection is handed over by `sweeper.database.upgrade_schema`."""
 
 from alembic import context
 

@@ -32,10 +32,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sweeper import checkpoints, fsops, processes, recovery, rundir, search, supervisor, worker
 from sweeper.channel import Message
+from sweeper.database import create_database
 from sweeper.errors import SweeperError
 from sweeper.records import Ending, Lease, NewSweep, Run
 from sweeper.search import Search
-from sweeper.store import Store, create_database
+from sweeper.store import Store
 from sweeper.torch import resumable
 from sweeper.trainer.main import train_and_tell
 from sweeper.trainer.run import Spec

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.store import Store, create_database
+from sweeper.database import create_database
+from sweeper.store import Store
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import pytest
 import sweeps
 
 from sweeper import processes
-from sweeper import store as store_module
+from sweeper.database import BUSY_TIMEOUT_S, create_database
 from sweeper.search import Search
 from sweeper.states import State
-from sweeper.store import Store, create_database
+from sweeper.store import Store
 
 PROCESSES = 64
 RUNS = 200
@@ -56,7 +56,7 @@ def test_64_processes_claim_each_of_200_runs_exactly_once(tmp_path: Path) -> Non
     )
     assert {epoch for _, epoch in claims} == {2}
     assert {run.state for run in store.runs(sweep.sweep_id)} == {State.RUNNING}
-    assert max(longest for _, longest in answers) < store_module.BUSY_TIMEOUT_S / 2
+    assert max(longest for _, longest in answers) < BUSY_TIMEOUT_S / 2
 
 
 def race(index: int, url: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import sweeps
 from optuna.distributions import json_to_distribution
 
-from sweeper import store as store_module
+from sweeper import optuna_rows
 from sweeper.records import Claim, Ending, Sweep
 from sweeper.search import Search, make
 from sweeper.states import Outcome, State
@@ -136,7 +136,7 @@ def test_verdict_report_and_rungs_are_one_transaction(store: Store, monkeypatch:
     def broken(*args: object, **more: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(store_module, "_insert_attrs", broken)
+    monkeypatch.setattr(optuna_rows, "insert_attrs", broken)
     with pytest.raises(ZeroDivisionError):
         report(store, search, claim, step=1, value=0.5)
     assert sweeps.everything(store) == before

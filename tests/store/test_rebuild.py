@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import sweeps
 
-from sweeper import checkpoints, processes, rebuild, rundir, worker
+from sweeper import checkpoints, processes, rebuild, restored, rundir, worker
 from sweeper.checkpoints import void
 from sweeper.config import to_yaml
+from sweeper.database import database_path
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, NotFound, SweeperError
 from sweeper.records import Claim, Ending, Run, Sweep
 from sweeper.search import Search
 from sweeper.states import Outcome, State
-from sweeper.store import Store, database_path
+from sweeper.store import Store
 from sweeper.tracking import MetricsLog
 
 DEAD = replace(processes.identify(), start_ticks=1)
@@ -332,13 +333,12 @@ def test_a_rebuild_that_dies_half_way_leaves_nothing_behind(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.complete(world.draw(sweeps.make(world.store)), 0.5)
-    from sweeper import store as store_module
 
     def broken(*args: object) -> None:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_restore_run", broken)
+        patch.setattr(restored, "_restore_run", broken)
         with pytest.raises(ZeroDivisionError):
             world.rebuild()
     assert Store(world.rebuilt).find_sweep("simple") is None

@@ -14,9 +14,9 @@ import sweeps
 from alembic.script import ScriptDirectory
 
 import sweeper
-from sweeper import schema, version_table
-from sweeper import store as store_module
-from sweeper.store import Store, create_database, make_engine, upgrade_schema
+from sweeper import database, schema, version_table
+from sweeper.database import create_database, make_engine, upgrade_schema
+from sweeper.store import Store
 
 
 def description(url: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_our_version_is_beside_optunas_which_is_untouched(store: Store) -> None:
     assert sweeps.rows(store, schema.VERSION_TABLE) == [{"version_num": schema.HEAD}]
     assert sweeps.rows(store, "alembic_version") == [{"version_num": schema.OPTUNA_REVISION}]
     optuna_head = optuna.storages.RDBStorage(store.url).get_head_version()
-    assert optuna_head == schema.OPTUNA_REVISION, "what store.py writes was written for this revision"
+    assert optuna_head == schema.OPTUNA_REVISION, "what optuna_rows.py writes was written for this revision"
 
 
 def test_the_newest_migration_is_the_head_that_the_code_knows() -> None:
@@ -103,15 +103,15 @@ def test_all_our_tables_carry_our_prefix_and_none_of_optunas_does() -> None:
 
 
 def test_a_connection_is_durable_and_shares_the_file(store: Store) -> None:
-    path = store_module.database_path(store.url)
+    path = database.database_path(store.url)
     assert path is not None
-    connection = store_module.connect_sqlite(path)
+    connection = database.connect_sqlite(path)
     pragmas = {
         name: connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
     }
     connection.close()
-    timeout_ms = int(store_module.BUSY_TIMEOUT_S * 1000)
+    timeout_ms = int(database.BUSY_TIMEOUT_S * 1000)
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": timeout_ms}
 
 

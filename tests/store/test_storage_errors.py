@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 import sweeps
 
-from sweeper import schema
-from sweeper import store as store_module
-from sweeper.errors import EXIT_CONFIG, ConfigError, StorageError
-from sweeper.records import Sweep
-from sweeper.store import (
-    Store,
+from sweeper import database, schema
+from sweeper.database import (
     create_database,
     database_path,
     file_system_of,
     refuse_network_file_system,
     upgrade_schema,
 )
+from sweeper.errors import EXIT_CONFIG, ConfigError, StorageError
+from sweeper.records import Sweep
+from sweeper.store import Store
 
 
 def refusal(act: Callable[[], object]) -> str:
@@ -168,7 +167,7 @@ def test_a_creation_that_was_killed_is_finished_by_the_next(tmp_path: Path, tabl
 
 def create_until(index: int, url: str, kill_at: int) -> bool:
     """Create a database and end like a process killed before write number `kill_at`; whether it was."""
-    real, count = store_module.connect_sqlite, 0
+    real, count = database.connect_sqlite, 0
 
     def traced(path: Path) -> sqlite3.Connection:
         def before(statement: str) -> None:
@@ -181,7 +180,7 @@ def create_until(index: int, url: str, kill_at: int) -> bool:
         connection.set_trace_callback(before)
         return connection
 
-    store_module.connect_sqlite = traced
+    database.connect_sqlite = traced
     pid = os.fork()
     if pid == 0:
         create_database(url)
@@ -208,7 +207,7 @@ def test_a_creation_killed_before_any_of_its_writes_is_finished_by_the_next(memo
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.2)
     return 0.2
 
 
@@ -284,10 +283,10 @@ def test_a_read_only_file_is_reported(store: Store, monkeypatch: pytest.MonkeyPa
         connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
         return connection
 
-    monkeypatch.setattr(store_module, "connect_sqlite", read_only)
+    monkeypatch.setattr(database, "connect_sqlite", read_only)
     opened = Store.__new__(Store)
     opened.url, opened.ttl_s, opened._path = store.url, 60.0, store._path
-    opened._engine = store_module.make_engine(store.url)
+    opened._engine = database.make_engine(store.url)
     text = refusal(lambda: opened.cancel_sweep(sweep.name))
     assert "readonly database. Make the file and its directory writable" in text
 
@@ -361,7 +360,7 @@ def test_the_directory_counts_that_a_link_leads_to(tmp_path: Path) -> None:
 def test_a_network_file_system_needs_permission_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
 ) -> None:
-    monkeypatch.setattr(store_module, "file_system_of", lambda path, mounts: "nfs4")
+    monkeypatch.setattr(database, "file_system_of", lambda path, mounts: "nfs4")
     url = f"sqlite:///{tmp_path / 'sweeper.db'}"
     assert "(nfs4)" in refusal(lambda: create_database(url))
     assert "(nfs4)" in refusal(lambda: Store(store.url)), "made before it lay there"
@@ -387,7 +386,7 @@ def test_a_machine_that_rebooted_keeps_its_database(store: Store) -> None:
     put_meta(store, boot_id="another")
     Store(store.url).close()
     meta = {row["key"]: row["value"] for row in sweeps.rows(store, "sweeper_meta")}
-    assert meta["boot_id"] == store_module._machine()["boot_id"]
+    assert meta["boot_id"] == database._machine()["boot_id"]
 
 
 def test_a_container_of_this_boot_with_another_machine_id_is_this_machine(store: Store) -> None:
@@ -425,7 +424,7 @@ def test_a_heartbeat_notices_that_the_file_was_removed_or_replaced(
 
 def test_no_message_shows_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "postgresql://me:canary@db.example/sweeper"
-    with pytest.raises(StorageError) as caught, store_module._explained(url):
+    with pytest.raises(StorageError) as caught, database.explained(url):
         raise sqlite3.OperationalError("connection refused")
     assert "canary" not in str(caught.value)
     assert "me:***@db.example" in str(caught.value)

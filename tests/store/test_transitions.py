@@ -8,8 +8,7 @@ from itertools import product
 import pytest
 import sweeps
 
-from sweeper import processes
-from sweeper import store as store_module
+from sweeper import optuna_rows, processes, sweep_rows
 from sweeper.errors import Fenced
 from sweeper.records import Claim, Ending, Lease, Suspect, Sweep
 from sweeper.states import OPTUNA_STATE, TRANSITIONS, Event, Outcome, State
@@ -117,7 +116,7 @@ def test_each_transition_leaves_its_attempt_row(
 
 
 @pytest.mark.parametrize(("state", "event"), TRANSITIONS)
-@pytest.mark.parametrize("statement", ["_insert_attempt", "_end_attempt", "_tell"])
+@pytest.mark.parametrize("statement", ["insert_attempt", "end_attempt", "tell"])
 def test_a_transition_and_its_rows_are_one_transaction(
     store: Store, sweep: Sweep, monkeypatch: pytest.MonkeyPatch, state: State, event: Event, statement: str
 ) -> None:
@@ -138,7 +137,8 @@ def test_a_transition_and_its_rows_are_one_transaction(
 
 def break_after(statement: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let a part of a transaction fail once it has written; returns the calls it got."""
-    real: Callable[..., object] = getattr(store_module, statement)
+    module = optuna_rows if statement == "tell" else sweep_rows
+    real: Callable[..., object] = getattr(module, statement)
     calls: list[str] = []
 
     def broken(*args: object, **more: object) -> None:
@@ -146,13 +146,13 @@ def break_after(statement: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(statement)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(store_module, statement, broken)
+    monkeypatch.setattr(module, statement, broken)
     return calls
 
 
 def test_drawing_is_one_transaction(store: Store, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sweeps.everything(store)
-    break_after("_insert_attempt", monkeypatch)
+    break_after("insert_attempt", monkeypatch)
     with pytest.raises(ZeroDivisionError):
         sweeps.draw(store, sweep)
     assert sweeps.everything(store) == before

@@ -1,0 +1,329 @@
+"""The database as a place: URLs, engines, what may hold one, creating it, checking it.
+
+SQLite: every transaction begins IMMEDIATE (it ignores row locks, and a deferred one fails when
+it wants to write), WAL, synchronous=FULL. What is in the tables is the business of others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Set
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.engine import Connection, Engine, make_url
+
+from sweeper import processes, schema
+from sweeper.errors import ConfigError, StorageError
+
+BUSY_TIMEOUT_S = 20.0
+_ALLOWS_NETWORK = "allow_network_file_system"
+NETWORK_FILE_SYSTEMS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "afs",
+        "9p",
+        "fuse.sshfs",
+        "fuse.s3fs",
+        "fuse.gcsfuse",
+    ]
+)
+
+
+# --- engines and statements ----------------------------------------------------------------
+
+
+def database_path(url: str) -> Path | None:
+    """The file of an SQLite URL; None for a server."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise ConfigError(
+            f"storage.url={url} has no file",
+            do="A sweep that survives needs one, e.g. sqlite:///outputs/sweeper.db",
+        )
+    return Path(parsed.database)
+
+
+def shown(url: str) -> str:
+    """The URL as people may see it."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def connect_sqlite(path: Path) -> sqlite3.Connection:
+    """Open an SQLite file the way all of ours are opened, Optuna's engine included."""
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+    return connection
+
+
+def make_engine(url: str) -> Engine:
+    """An engine whose transactions take the write lock at once on SQLite."""
+    path = database_path(url)
+    if path is None:
+        return sa.create_engine(url, pool_pre_ping=True)
+    engine = sa.create_engine(url, creator=lambda: connect_sqlite(path))
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        reads = connection.get_execution_options().get("sweeper_reads", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+_text = lru_cache(maxsize=500)(sa.text)  # bounded: numbers of trials are written into a text
+
+
+def execute(connection: Connection, sql: str, **params: Any) -> Any:
+    """Execute one statement with named parameters (`:name`)."""
+    if connection.dialect.name == "sqlite":  # it takes :name as it is; compiling costs more than executing
+        return connection.exec_driver_sql(sql, params)
+    return connection.execute(_text(sql), params)
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what the database raises into a StorageError that says why and what to do."""
+    try:
+        yield
+    except (exc.OperationalError, exc.DatabaseError, sqlite3.Error) as error:
+        raise _explain(url, str(getattr(error, "orig", None) or error)) from error
+
+
+def _explain(url: str, why: str) -> StorageError:
+    if "locked" in why:
+        do = "Another process holds its write lock; find it (e.g. with `fuser`), or wait, and run the same command again."
+    elif "not a database" in why or "malformed" in why:
+        do = "Name another file with storage.url=, or move this one away and run `sweeper rebuild DATA_DIR`."
+    elif "readonly" in why or "read-only" in why or "unable to open" in why:
+        do = "Make the file and its directory writable, or name another with storage.url=."
+    elif "full" in why:
+        do = "Free some space; nothing is lost, run the same command again."
+    else:
+        do = "Nothing is lost on disk; run the same command again once the database answers."
+    return StorageError(f"the database {shown(url)} cannot be used", why=why, do=do)
+
+
+# --- file systems --------------------------------------------------------------------------
+
+
+def file_system_of(path: Path, mounts: str) -> str:
+    """The type of the file system that holds `path`, from the text of /proc/self/mounts."""
+    best, kind = "", ""
+    real = os.path.realpath(path)
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        where = fields[1].encode().decode("unicode_escape")
+        inside = real == where or real.startswith(where.rstrip("/") + "/")
+        if inside and len(where) >= len(best):
+            best, kind = where, fields[2]
+    return kind
+
+
+def refuse_network_file_system(path: Path, *, mounts: str | None = None) -> None:
+    """Raise StorageError when `path` would put an SQLite file on a network file system."""
+    text = Path("/proc/self/mounts").read_text() if mounts is None else mounts
+    kind = file_system_of(path.parent, text)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise StorageError(
+            f"the database file {path} would lie on a network file system ({kind})",
+            why="SQLite's locks are not reliable there, and a lost lock loses runs",
+            do="Put it on a local disk with storage.url=sqlite:////local/dir/sweeper.db (run directories may stay "
+            "where they are), use PostgreSQL, or set storage.allow_network_file_system=true if you know better.",
+        )
+
+
+# --- creating and upgrading ----------------------------------------------------------------
+
+
+def create_database(url: str, *, allow_network_file_system: bool = False) -> None:
+    """Create file and schema, once, under a file lock; does nothing where it exists.
+
+    Raises:
+        StorageError: It cannot be created, or what is there is not ours to use.
+    """
+    path = database_path(url)
+    if path is None:
+        with explained(url):
+            _create_schema(url, None)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not allow_network_file_system:
+            refuse_network_file_system(path)
+        with open(path.with_name(path.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with explained(url):
+                _create_schema(url, path)
+                if allow_network_file_system:
+                    _record_permission(url)
+    except OSError as error:
+        raise StorageError(
+            f"the database {path} cannot be created",
+            why=error.strerror or str(error),
+            do="Name another place with data_dir= or storage.url=.",
+        ) from error
+
+
+def _create_schema(url: str, path: Path | None) -> None:
+    engine = make_engine(url)
+    try:
+        with engine.connect() as connection:
+            names = set(sa.inspect(connection).get_table_names())
+            optuna_made = _revision(connection, "alembic_version", names)
+        if not optuna_made:  # written last, and not in one transaction with the tables
+            _create_optuna_tables(url, path)
+        if schema.VERSION_TABLE not in names:
+            with engine.begin() as connection:
+                schema.metadata.create_all(connection)
+                for statement in schema.OPTUNA_INDEXES:
+                    connection.exec_driver_sql(statement)
+                _stamp(connection)
+    finally:
+        engine.dispose()
+
+
+def _create_optuna_tables(url: str, path: Path | None) -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options = {"creator": lambda: connect_sqlite(path)} if path else {}
+    storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _stamp(connection: Connection) -> None:
+    connection.exec_driver_sql(
+        f"CREATE TABLE {schema.VERSION_TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
+    )
+    connection.exec_driver_sql(f"INSERT INTO {schema.VERSION_TABLE} VALUES ('{schema.HEAD}')")
+    for key, value in _machine().items():
+        execute(connection, "INSERT INTO sweeper_meta VALUES (:k, :v)", k=key, v=value)
+
+
+def _machine() -> dict[str, str]:
+    return {"machine_id": processes.machine_id(), "boot_id": processes.boot_id()}
+
+
+def _record_permission(url: str) -> None:
+    """Remember that the user wants the file where it is, for every worker that opens it."""
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        execute(
+            connection,
+            "INSERT INTO sweeper_meta VALUES (:k, '1') ON CONFLICT (key) DO NOTHING",
+            k=_ALLOWS_NETWORK,
+        )
+    engine.dispose()
+
+
+def upgrade_schema(url: str) -> tuple[str, str]:
+    """Run the migrations that are missing; returns the revision before and after.
+
+    Raises:
+        StorageError: There is no such database, or it is newer than this code.
+    """
+    from alembic import command
+    from alembic.config import Config
+
+    path = database_path(url)
+    if path is not None and not path.exists():
+        raise StorageError(f"there is no database at {path}", do="`sweeper launch` creates one.")
+    engine = make_engine(url)
+    with explained(url), engine.connect() as connection:
+        names = set(sa.inspect(connection).get_table_names())
+        if schema.VERSION_TABLE not in names:
+            raise StorageError(
+                f"the database {shown(url)} is not one of sweeper's",
+                do="`sweeper launch` creates one.",
+            )
+        before = _revision(connection, schema.VERSION_TABLE, names)
+    if before > schema.HEAD:
+        raise StorageError(
+            f"the database has schema {before}, newer than this sweeper ({schema.HEAD})",
+            do="Install the newer sweeper.",
+        )
+    config = Config()
+    config.set_main_option("script_location", "sweeper:migrations")
+    with explained(url), engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    engine.dispose()
+    return before, schema.HEAD
+
+
+def _revision(connection: Connection, table: str, names: Set[str]) -> str:
+    """What a version table says; empty when it is not there or says nothing yet."""
+    if table not in names:
+        return ""
+    return str(connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar_one_or_none() or "")
+
+
+# --- checking ------------------------------------------------------------------------------
+
+
+def check_database(engine: Engine, url: str, *, allow_network_file_system: bool = False) -> None:
+    """Raise StorageError unless this sweeper may use this database on this machine."""
+    path = database_path(url)
+    with engine.connect() as connection:
+        names = set(sa.inspect(connection).get_table_names())
+        ours = _revision(connection, schema.VERSION_TABLE, names)
+        optuna = _revision(connection, "alembic_version", names)
+        if not ours or not optuna:
+            raise StorageError(
+                f"the database {shown(url)} is not one of sweeper's, or only half created",
+                do="Run `python -m sweeper launch …` or `sweeper rebuild DATA_DIR` to create it.",
+            )
+        recorded = dict(map(tuple, connection.exec_driver_sql("SELECT key, value FROM sweeper_meta")))
+    if ours != schema.HEAD:
+        newer = ours > schema.HEAD
+        raise StorageError(
+            f"the database {shown(url)} has schema {ours}, this sweeper has {schema.HEAD}",
+            do="Install the newer sweeper." if newer else "Run `sweeper db upgrade`.",
+        )
+    if optuna != schema.OPTUNA_REVISION:
+        raise StorageError(
+            f"the database {shown(url)} has Optuna's tables in revision {optuna}, not {schema.OPTUNA_REVISION}",
+            do="Use the Optuna version range that sweeper requires (optuna>=5,<6).",
+        )
+    if path is not None:
+        if not (allow_network_file_system or _ALLOWS_NETWORK in recorded):
+            refuse_network_file_system(path)
+        _check_machine(engine, path, recorded)
+
+
+def _check_machine(engine: Engine, path: Path, recorded: Mapping[str, str]) -> None:
+    here = _machine()
+    if recorded.get("boot_id") == here["boot_id"]:
+        return
+    if recorded.get("machine_id") != here["machine_id"]:
+        raise StorageError(
+            f"the SQLite database {path} belongs to another machine",
+            why="SQLite is for the workers of one machine",
+            do="Use PostgreSQL for several machines (storage.url=postgresql://…); if you moved the file here for good, "
+            "run `sweeper rebuild DATA_DIR` into a new one.",
+        )
+    with engine.begin() as connection:
+        execute(connection, "UPDATE sweeper_meta SET value=:v WHERE key='boot_id'", v=here["boot_id"])
