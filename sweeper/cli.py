@@ -203,12 +203,16 @@ _LAUNCH_HELP = "start a sweep, or go on with it: launch +sweep=simple [Hydra ove
 
 
 def _launch(before: Options) -> int:
-    from sweeper.launch.command import main as launch
+    from sweeper.launch.ahead import template_for
     from sweeper.rundir import override
+
+    rest = [argument for argument in before.rest if argument != "--debug"]
+    template = template_for(rest)  # it imports torch while this process imports the rest
+    from sweeper.launch.command import main as launch
 
     keys = {"storage": "storage.url", "data_dir": "data_dir"}
     given = [override(key, getattr(before, name)) for name, key in keys.items() if name in before]
-    return launch([*given, *(argument for argument in before.rest if argument != "--debug")])
+    return launch([*given, *rest], template=template)
 
 
 def _worker(options: Options) -> int:
@@ -221,6 +225,7 @@ def _worker(options: Options) -> int:
         data_dir=_data_dir(options),
         name=options.name,
         launcher_fd=options.launcher_fd,
+        server_fd=options.server_fd,
     )
 
 
@@ -281,9 +286,12 @@ def _verify(options: Options) -> int:
 
 def _resume(options: Options) -> int:
     """Start workers for what is unfinished, with the saved launcher configuration."""
+    from sweeper.launch.ahead import template_for
+
+    template = template_for([])
     from sweeper.launch.command import resume
 
-    return resume(options.name, storage=options.storage, data_dir=_data_dir(options))
+    return resume(options.name, storage=options.storage, data_dir=_data_dir(options), template=template)
 
 
 def _retry(options: Options) -> int:
@@ -333,6 +341,7 @@ def _worker_arguments(parser: Parser) -> None:
         "--name", help="what this worker is called; a worker of the same name goes on with its runs"
     )
     parser.add_argument("--launcher-fd", type=int, metavar="FD", help=argparse.SUPPRESS)
+    parser.add_argument("--server-fd", type=int, metavar="FD", help=argparse.SUPPRESS)
 
 
 def _list_arguments(parser: Parser) -> None:

@@ -7,32 +7,29 @@ and signals are events of one loop, so nothing can die unseen beside it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sweeper import clock, processes
 from sweeper.channel import Channel, ChannelClosed, Message
 from sweeper.errors import Fenced, StorageError
-from sweeper.records import Ending, Lease, Run
+from sweeper.records import Ending, Lease, ProcessId, Run
 from sweeper.recovery import signal_outcome
 from sweeper.search import Search
 from sweeper.states import Outcome
 from sweeper.store import Store
 from sweeper.trainer.run import Spec
+from sweeper.trainer.warm import TrainerServer
 
 DEATH = "death"
 LAST_LINES = 20
 HELLO_WAIT_S = 300.0
+GOODBYE_WAIT_S = 30.0
 _MAX_TAIL_BYTES = 64 << 10
 
 
@@ -51,92 +48,6 @@ class LeaseTimes:
         return self.ttl_s * 2 / 3
 
 
-class WarmServer:
-    """The worker's warm server, started when first needed and again when it died.
-
-    Args:
-        environment: Environment of the server and so of every trainer.
-    """
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
-        self._is_warm = True
-        self._process: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self.plain: list[subprocess.Popen[bytes]] = []
-
-    def go_plain(self) -> None:
-        """From now on start each trainer as a plain process: it wants CUDA."""
-        self._is_warm = False
-        self.stop()
-
-    def start(self) -> None:
-        """Start the server unless it lives. Returns at once; it imports torch meanwhile."""
-        if not self._is_warm or (self._process is not None and self._process.poll() is None):
-            return
-        self._close_socket()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = self._popen(
-                "sweeper.trainer.server", theirs.fileno(), os.getpid(), pass_fds=(theirs.fileno(),)
-            )
-        self._sock = ours
-
-    def _popen(self, module: str, *argv: int, pass_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, argv)],
-            env=self._environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=pass_fds, start_new_session=True,
-        )  # fmt: skip
-
-    def spawn(self, spec: Spec, log_fd: int) -> Channel:
-        """Ask for a trainer; returns the worker's end of its channel."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            if self._is_warm:
-                self._request(spec, theirs, log_fd)
-            else:
-                fds = (theirs.fileno(), log_fd)
-                self.plain = [p for p in self.plain if p.poll() is None]
-                self.plain.append(self._popen("sweeper.trainer.main", *fds, pass_fds=fds))
-                Channel(ours).send("spec", spec=asdict(spec), worker_pid=os.getpid())
-        return Channel(ours)
-
-    def _request(self, spec: Spec, theirs: socket.socket, log_fd: int) -> None:
-        data = json.dumps({"spec": asdict(spec)}).encode()
-        for is_last in (False, True):
-            self.start()
-            assert self._sock is not None
-            try:
-                socket.send_fds(self._sock, [data], [theirs.fileno(), log_fd])
-                return
-            except OSError:
-                self.stop()
-                if is_last:
-                    raise
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether trainers can still come from here."""
-        return not self._is_warm or (self._process is not None and self._process.poll() is None)
-
-    @property
-    def children(self) -> list[subprocess.Popen[bytes]]:
-        """Processes whose exit status belongs to Popen, not to the reaper."""
-        return ([self._process] if self._process else []) + self.plain
-
-    def stop(self) -> None:
-        """End the server; trainers live on."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._close_socket()
-
-    def _close_socket(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-
-
 @dataclass(slots=True)
 class Attempt:
     """What the supervisor knows of the trainer while it runs."""
@@ -144,13 +55,12 @@ class Attempt:
     channel: Channel
     spec: Spec
     log_path: Path
-    pid: int | None = None
+    trainer: ProcessId | None = None
     step: int = 0
     said: Message | None = None
     heard_at_s: float = field(default_factory=clock.awake_s)
     kill_reason: Ending | None = None
     exit_status: int | None = None
-    death_fd: int | None = None
     on_start: Callable[[], None] = lambda: None
 
 
@@ -174,7 +84,7 @@ class Supervisor:
         *,
         search: Search,
         times: LeaseTimes,
-        server: WarmServer,
+        server: TrainerServer,
         log: Callable[[str], None],
         stop_reason: Callable[[], str | None],
         wake_fds: tuple[int, ...] = (),
@@ -214,12 +124,13 @@ class Supervisor:
             selector.register(attempt.channel, selectors.EVENT_READ)
             for fd in self._wake_fds:
                 selector.register(fd, selectors.EVENT_READ)
+            selector.register(self._server, selectors.EVENT_READ, DEATH)
             while not self._is_over(attempt):
                 ready = selector.select(timeout=max(0.0, min(next_beat_s - clock.awake_s(), 0.5)))
+                is_dead = any(key.data == DEATH for key, _ in ready)
                 for key, _ in ready:
                     if key.fileobj is not attempt.channel:
                         selector.unregister(key.fileobj)  # it woke us once; stop_reason() knows why
-                is_dead = any(key.data == DEATH for key, _ in ready)
                 now = clock.awake_s()
                 if now >= next_beat_s:
                     renewed_boot_s = self._beat(lease, attempt, renewed_boot_s)
@@ -227,9 +138,6 @@ class Supervisor:
                 self._listen(run, lease, attempt)
                 if is_dead:  # whatever else may hold its end of the channel open
                     break
-                if attempt.pid is not None and attempt.death_fd is None:
-                    attempt.death_fd = _death_fd(attempt.pid)
-                    selector.register(attempt.death_fd, selectors.EVENT_READ, DEATH)
                 self._tick()
                 stop_at_s = self._check_times(attempt, started, stop_at_s)
 
@@ -260,13 +168,11 @@ class Supervisor:
 
     def _check_times(self, attempt: Attempt, started: float, stop_at_s: float | None) -> float | None:
         now = clock.awake_s()
-        if attempt.pid is None and now - started > HELLO_WAIT_S:
+        if attempt.trainer is None and now - started > HELLO_WAIT_S:
             attempt.kill_reason = Ending(
                 Outcome.LOST, f"the trainer did not start within {HELLO_WAIT_S:.0f} s"
             )
-        if attempt.pid is None and not self._server.is_alive:
-            attempt.kill_reason = Ending(Outcome.LOST, "the warm server died before the trainer started")
-        is_silent = attempt.pid is not None and now - attempt.heard_at_s > self._times.progress_s
+        is_silent = attempt.trainer is not None and now - attempt.heard_at_s > self._times.progress_s
         if self._times.progress_s and is_silent:
             attempt.kill_reason = Ending(
                 Outcome.LOST,
@@ -307,9 +213,9 @@ class Supervisor:
             attempt.said = message
 
     def _greet(self, message: Message, lease: Lease, attempt: Attempt) -> None:
-        attempt.pid = int(message["pid"])
+        attempt.trainer = processes.identify(int(message["pid"]))
         try:
-            self._store.record_processes(lease, [processes.identify(attempt.pid)])
+            self._store.record_processes(lease, [attempt.trainer])
         except Fenced as error:
             attempt.kill_reason = Ending(Outcome.FENCED, str(error))
 
@@ -352,55 +258,17 @@ class Supervisor:
 
     def _end(self, attempt: Attempt) -> None:
         """Wait for a trainer that said goodbye, kill one that did not, and all it started."""
-        if attempt.kill_reason is None and attempt.pid is not None:
-            attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
-        tag = f"{attempt.spec.run_id}:{attempt.spec.lease_epoch}"
-        if attempt.pid is not None and attempt.exit_status is None:
+        if attempt.kill_reason is None:
+            attempt.exit_status = self._server.wait(wait_s=GOODBYE_WAIT_S)
+        if self._server.has_trainer and attempt.trainer is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(attempt.pid, signal.SIGKILL)
-            attempt.exit_status = self._wait(attempt.pid, wait_s=30.0)
-        trainers = [processes.identify(attempt.pid)] if attempt.pid else []
-        # Whatever the trainer left behind is our child by now; ending it may orphan more.
-        while processes.kill_leftovers(trainers, attempt_tag=tag, among=processes.children()):
-            self.reap()
+                os.kill(attempt.trainer.pid, signal.SIGKILL)
+            attempt.exit_status = self._server.wait(wait_s=GOODBYE_WAIT_S)
+        if attempt.exit_status is None:  # the server died or hangs, perhaps before anything had begun
+            self._server.stop()
+            tag = f"{attempt.spec.run_id}:{attempt.spec.lease_epoch}"
+            processes.kill_leftovers([attempt.trainer] if attempt.trainer else [], attempt_tag=tag)
         attempt.channel.close()
-        if attempt.death_fd is not None:
-            os.close(attempt.death_fd)
-        self.reap()
-
-    def _wait(self, pid: int, *, wait_s: float) -> int | None:
-        for child in self._server.plain:
-            if child.pid == pid:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = child.wait(timeout=wait_s)
-                    return (code << 8) if code >= 0 else -code
-                return None
-        deadline = time.monotonic() + wait_s
-        while time.monotonic() < deadline:
-            try:
-                found, status = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                return None
-            if found:
-                return status
-            time.sleep(0.001)
-        return None
-
-    def reap(self) -> None:
-        """Collect orphans this worker adopted, leaving Popen's own children to Popen."""
-        owned = {child.pid: child for child in self._server.children}
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if found is None:
-                return
-            if found.si_pid in owned:
-                owned[found.si_pid].poll()
-            else:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(found.si_pid, 0)
 
     def _ending(self, attempt: Attempt, *, was_oom_killed: bool) -> Ending:
         if attempt.kill_reason is not None:
@@ -438,7 +306,7 @@ def _told_ending(said: Message) -> Ending:
 def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> Ending:
     """How a trainer ended that said nothing, from its wait status."""
     if status is None:
-        return Ending(Outcome.LOST, "the trainer ended before it had begun", detail=detail)
+        return Ending(Outcome.LOST, "the warm server died, and the trainer with it", detail=detail)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name
@@ -448,11 +316,6 @@ def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> E
     return Ending(
         Outcome.CRASHED, f"the trainer exited with code {code} without returning a value", detail=detail
     )
-
-
-def _death_fd(pid: int) -> int:
-    """A descriptor that becomes readable when our child `pid` ends. Source: pidfd_open(2)."""
-    return os.pidfd_open(pid)
 
 
 def last_lines(path: Path) -> str:

@@ -28,9 +28,10 @@ from sweeper.rundir import Damaged, Identity, new_wandb_id
 from sweeper.search import Search
 from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store
-from sweeper.supervisor import LeaseTimes, Supervisor, WarmServer
+from sweeper.supervisor import LeaseTimes, Supervisor
 from sweeper.tracking import Tracker, TrackingSettings
 from sweeper.trainer.run import Spec
+from sweeper.trainer.warm import TrainerServer, wants_cuda
 
 IDLE_POLL_S = 0.2
 
@@ -105,7 +106,7 @@ class Worker:
         *,
         data_dir: Path,
         name: str,
-        server: WarmServer,
+        server: TrainerServer,
         stop: StopFlag,
         threads: int,
     ) -> None:
@@ -134,7 +135,6 @@ class Worker:
             elif self._is_finished():
                 return EXIT_OK
             else:
-                self._supervisor.reap()
                 time.sleep(IDLE_POLL_S)
         log(f"[WORKER] {self._name}: released ({self._stop.reason})")
         return EXIT_RELEASED
@@ -503,30 +503,21 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def wants_cuda(config: Mapping[str, Any]) -> bool:
-    """Whether trainers will use CUDA, which must never be initialised in a warm server."""
-    return bool(config["launcher"].get("gpus_per_worker")) or "cuda" in str(
-        config["trainer"].get("device", "")
-    )
-
-
 # --- the process -----------------------------------------------------------------------------
 
 
 def main(
-    sweep: str, *, storage: str, data_dir: Path, name: str | None = None, launcher_fd: int | None = None
+    sweep: str,
+    *,
+    storage: str,
+    data_dir: Path,
+    name: str | None = None,
+    launcher_fd: int | None = None,
+    server_fd: int | None = None,
 ) -> int:
     """Run one worker of `sweep` until nothing is left; returns the exit code."""
     stop = StopFlag(launcher_fd)
-    processes.adopt_orphans()
-    environment = {
-        **os.environ,
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    }
-    environment.pop("SWEEPER_STORAGE", None)  # a trainer holds no database password
-    server = WarmServer(environment)
+    server = TrainerServer(os.environ, fd=server_fd)
     server.start()  # imports torch while this process opens the database
     try:
         return _work(sweep, storage=storage, data_dir=data_dir, name=name, server=server, stop=stop)
@@ -535,7 +526,7 @@ def main(
 
 
 def _work(
-    sweep: str, *, storage: str, data_dir: Path, name: str | None, server: WarmServer, stop: StopFlag
+    sweep: str, *, storage: str, data_dir: Path, name: str | None, server: TrainerServer, stop: StopFlag
 ) -> int:
     store = Store(storage)
     found = store.sweep(sweep)

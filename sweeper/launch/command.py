@@ -16,6 +16,7 @@ from sweeper.launch.settings import Settings
 from sweeper.records import Sweep
 from sweeper.states import INCOMPLETE
 from sweeper.store import Store
+from sweeper.trainer.warm import Template
 
 OPTIONAL_VARIABLES = (
     "SWEEPER_DATA_DIR",
@@ -24,6 +25,9 @@ OPTIONAL_VARIABLES = (
     "SAVE_INTERVAL",
     "KEEP_LAST",
     "TF_DIR",
+    "TB_AUTO",
+    "TB_PORT",
+    "TB_HOST",
 )
 FLAGS = {"--dry-run": "is_dry", "--detach": "is_detached"}
 
@@ -36,11 +40,12 @@ class Flags:
     is_detached: bool = False
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], *, template: Template | None = None) -> int:
     """Launch a sweep, or go on with it; returns the exit code.
 
     Args:
         argv: What follows `launch`: overrides, Hydra's flags, --dry-run, --detach.
+        template: Where local workers' servers come from, started ahead.
     """
     flags, rest = _take_flags(argv)
     if {"--multirun", "-m"} & set(rest):
@@ -65,8 +70,9 @@ def main(argv: list[str]) -> int:
     _warn_of_searched(settings)
     sweep, store = prepare(settings)
     return start(
-        sweep, store, storage=settings.storage, data_dir=settings.data_dir, is_detached=flags.is_detached
-    )
+        sweep, store, storage=settings.storage, data_dir=settings.data_dir,
+        is_detached=flags.is_detached, template=template,
+    )  # fmt: skip
 
 
 def _again(argv: list[str], overrides: list[str]) -> list[str]:
@@ -237,7 +243,15 @@ def _must_resume(store: Store, sweep: Sweep, data_dir: Path) -> None:
     )
 
 
-def start(sweep: Sweep, store: Store, *, storage: str, data_dir: Path, is_detached: bool = False) -> int:
+def start(
+    sweep: Sweep,
+    store: Store,
+    *,
+    storage: str,
+    data_dir: Path,
+    is_detached: bool = False,
+    template: Template | None = None,
+) -> int:
     """Start workers for what is left of a sweep and follow them; returns the exit code."""
     from sweeper.worker import tidy_final
 
@@ -253,11 +267,12 @@ def start(sweep: Sweep, store: Store, *, storage: str, data_dir: Path, is_detach
         print(f"sweep {sweep.name} is complete: all {sweep.n_trials} trials are done", file=sys.stderr)
         return progress.final_report(sweep.name, storage=storage, data_dir=data_dir)
     return local.run(
-        sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete, is_detached=is_detached
-    )
+        sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete,
+        is_detached=is_detached, template=template,
+    )  # fmt: skip
 
 
-def resume(name: str, *, storage: str, data_dir: Path) -> int:
+def resume(name: str, *, storage: str, data_dir: Path, template: Template | None = None) -> int:
     """Start workers for what is unfinished of a sweep (or of a run's sweep), as it was launched."""
     store = Store(storage)
     match = rundir.RUN_ID.match(name)
@@ -268,4 +283,4 @@ def resume(name: str, *, storage: str, data_dir: Path) -> int:
             print(f"run {name} is {run.state}; there is nothing to resume", file=sys.stderr)
             return EXIT_OK if run.state == "completed" else EXIT_NOT_WELL
     store.update_sweep(sweep.name, n_trials=sweep.n_trials, config=_with_deadline(sweep.config, store))
-    return start(store.sweep(sweep.name), store, storage=storage, data_dir=data_dir)
+    return start(store.sweep(sweep.name), store, storage=storage, data_dir=data_dir, template=template)

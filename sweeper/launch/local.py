@@ -23,9 +23,11 @@ from sweeper import clock
 from sweeper.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RELEASED, ConfigError
 from sweeper.launch.progress import Display, final_report
 from sweeper.launch.settings import thread_count
+from sweeper.launch.tensorboard import Board, BoardSettings
 from sweeper.reading import Reading
 from sweeper.records import Sweep
 from sweeper.report.hints import next_command
+from sweeper.trainer.warm import Template, wants_cuda
 
 QUICK_DEATH_S = 5.0
 MAX_QUICK_DEATHS = 5
@@ -55,15 +57,31 @@ def commands(sweep: str, *, n_workers: int) -> list[list[str]]:
     ]
 
 
-def run(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_detached: bool) -> int:
-    """Run workers until the sweep is complete or somebody stops us; returns the exit code."""
+def run(
+    sweep: Sweep,
+    *,
+    storage: str,
+    data_dir: Path,
+    num_left: int,
+    is_detached: bool,
+    template: Template | None = None,
+) -> int:
+    """Run workers until the sweep is complete or somebody stops us; returns the exit code.
+
+    `template` is where workers' servers come from; without one each worker imports torch itself.
+    """
     launcher = sweep.config["launcher"]
     num_workers = max(1, min(int(launcher["n_workers"]), num_left))
     slots = _slots(sweep.name, num_workers, launcher, storage=storage, data_dir=data_dir)
     if is_detached:
         return _detach(slots, sweep, storage=storage, data_dir=data_dir)
     stop_at_s = sweep.config.get("stop_at")
-    return Local(sweep.name, slots, storage=storage, data_dir=data_dir, stop_at_s=stop_at_s).follow()
+    if wants_cuda(sweep.config):
+        template = None
+    return Local(
+        sweep.name, slots, storage=storage, data_dir=data_dir, stop_at_s=stop_at_s, template=template,
+        board=BoardSettings.from_config(sweep.config["tracking"]),
+    ).follow()  # fmt: skip
 
 
 def _slots(
@@ -103,10 +121,15 @@ def _devices(count: int) -> list[str]:
     return ids
 
 
-def _spawn(slot: Slot, sweep: str, *, stderr: int | None, stdin: int) -> None:
+def _spawn(slot: Slot, sweep: str, *, stderr: int | None, stdin: int, server_fd: int | None = None) -> None:
+    argv = [sys.executable, "-m", "sweeper", "worker", sweep, "--name", slot.name]
+    if stdin != subprocess.DEVNULL:
+        argv += ["--launcher-fd", "0"]
+    if server_fd is not None:
+        argv += ["--server-fd", str(server_fd)]
     slot.process = subprocess.Popen(
-        [sys.executable, "-m", "sweeper", "worker", sweep, "--name", slot.name, *(["--launcher-fd", "0"] if stdin != subprocess.DEVNULL else [])],
-        env=slot.environment, stdin=stdin, stdout=stderr, stderr=stderr, start_new_session=True,
+        argv, env=slot.environment, stdin=stdin, stdout=stderr, stderr=stderr,
+        pass_fds=() if server_fd is None else (server_fd,), start_new_session=True,
     )  # fmt: skip
     slot.started_at_s = time.monotonic()
     slot.exit_code = None
@@ -128,9 +151,18 @@ class Local:
     """Follows the workers of one launch."""
 
     def __init__(
-        self, sweep: str, slots: list[Slot], *, storage: str, data_dir: Path, stop_at_s: float | None
+        self,
+        sweep: str,
+        slots: list[Slot],
+        *,
+        storage: str,
+        data_dir: Path,
+        stop_at_s: float | None,
+        template: Template | None = None,
+        board: BoardSettings = BoardSettings(is_auto=False),  # noqa: B008 - frozen
     ) -> None:
         self._sweep, self._slots, self._storage, self._data_dir = sweep, slots, storage, data_dir
+        self._template, self._board = template, board
         self._stop_at_s = stop_at_s
         self._stop: int | None = None
         self._selector = selectors.DefaultSelector()
@@ -140,11 +172,15 @@ class Local:
         """Start, show, respawn; returns the exit code."""
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self._on_signal)
-        with Display(self._sweep, storage=self._storage) as display:
+        with (
+            Display(self._sweep, storage=self._storage) as display,
+            Board(self._board, say=display.line) as board,
+        ):
             for slot in self._slots:
                 self._start(slot)
             while any(slot.process is not None for slot in self._slots) or self._is_waiting():
                 self._turn(display)
+                board.look()
         return self._result()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -228,8 +264,10 @@ class Local:
     def _start(self, slot: Slot) -> None:
         out_r, out_w = os.pipe()
         in_r, in_w = os.pipe()
-        os.set_inheritable(in_w, False)
-        _spawn(slot, self._sweep, stderr=out_w, stdin=in_r)
+        server_fd = None if self._template is None else self._template.order(slot.environment)
+        _spawn(slot, self._sweep, stderr=out_w, stdin=in_r, server_fd=server_fd)
+        if server_fd is not None:
+            os.close(server_fd)
         os.close(out_w)
         os.close(in_r)
         slot.pipe = in_w

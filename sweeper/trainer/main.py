@@ -1,7 +1,7 @@
 """What one trainer process does: take its identity, train, and say how it ended.
 
 Called in a child of the warm server (`sweeper.trainer.server`), or in a plain process:
-`python -m sweeper.trainer.main FD LOG_FD`, which reads the spec from the socket first.
+`python -m sweeper.trainer.main FD LOG_FD PARENT_PID`, which reads the request from its stdin.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sweeper import checkpoints, processes, rundir
 from sweeper.channel import Channel, ChannelClosed, Message, WorkerLink
@@ -37,9 +38,8 @@ MAX_TRACEBACK_CHARS = 20_000
 DISK_FAULTS = frozenset({5, 28, 30, 122})  # EIO, ENOSPC, EROFS, EDQUOT
 
 
-def be_trainer(spec: Spec, channel: Channel, *, worker_pid: int, log_fd: int) -> int:
+def be_trainer(spec: Spec, channel: Channel, *, log_fd: int) -> int:
     """Train one attempt in this process; returns the exit code."""
-    processes.die_with_parent(worker_pid)
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.close(log_fd)
@@ -193,7 +193,7 @@ def prepare_process(spec: Spec) -> None:
         torch.manual_seed(spec.seed)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End a forked process: flush and run exit handlers, but none of the parent's frames."""
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
@@ -204,10 +204,11 @@ def leave(code: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """A plain trainer process: the spec arrives as the first message on the inherited socket."""
+    """A plain trainer process."""
+    processes.die_with_parent(int(argv[2]))
+    request = json.load(sys.stdin)
     channel = Channel(socket.socket(fileno=int(argv[0])))
-    (message,) = channel.receive(wait_s=None)
-    return be_trainer(Spec(**message["spec"]), channel, worker_pid=message["worker_pid"], log_fd=int(argv[1]))
+    return be_trainer(Spec(**request["spec"]), channel, log_fd=int(argv[1]))
 
 
 if __name__ == "__main__":

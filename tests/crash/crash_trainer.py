@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -56,5 +57,9 @@ def misbehave(act: str, go: Path) -> None:
         os._exit(3)
     elif act == "hang":
         time.sleep(3600)
+    elif act == "daemon":
+        if not (noted := go.with_name("daemon")).exists():
+            noted.write_text(str(subprocess.Popen(["sleep", "3600"], start_new_session=True).pid))
+        time.sleep(0.2)
     elif act == "slow" and not go.exists():
         time.sleep(0.2)

@@ -173,9 +173,6 @@ class InlineSupervisor:
         assert link.said is not None
         return supervisor._told_ending(link.said)
 
-    def reap(self) -> None:
-        """There is nobody to reap."""
-
 
 # --- places ----------------------------------------------------------------------------------
 

@@ -195,23 +195,51 @@ def test_a_killed_worker_takes_its_trainer_with_it(machine: Machine, expected: d
     assert machine.alive() == []
 
 
-def test_a_killed_warm_server_costs_nothing(machine: Machine, expected: dict[str, bytes]) -> None:
+def test_a_killed_warm_server_takes_its_trainer_with_it(machine: Machine, expected: dict[str, bytes]) -> None:
     worker = machine.worker()
     trainer = machine.trainer()
-    servers = [
-        pid for pid in machine.alive() if is_server(pid) and pid != trainer and parent(pid) == worker.pid
-    ]
-    assert servers
-    for pid in servers:
-        os.kill(pid, signal.SIGKILL)
+    os.kill(parent(trainer), signal.SIGKILL)
     (machine.place.data_dir / "go").touch()
     assert worker.wait(LIMIT_S) == 0, machine.place.printed()
-    assert [row["outcome"] for row in machine.attempts()] == ["completed"]
+    first, second = machine.attempts()
+    assert (first["outcome"], second["outcome"]) == ("lost", "completed")
+    assert "the warm server died" in first["reason"]
     assert bytes_at_the_end(machine.place) == expected
+    assert machine.alive() == []
 
 
-def is_server(pid: int) -> bool:
-    return b"sweeper.trainer.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+def test_a_killed_template_costs_nothing(machine: Machine, expected: dict[str, bytes]) -> None:
+    """The servers forked from it go on; a worker that is started again has one of its own."""
+    launcher = machine.start("resume", mini.SWEEP)
+    trainer = machine.trainer()
+    (template,) = [pid for pid in machine.alive() if kind_of_server(pid) == b"template" and parent(pid) == launcher.pid]  # fmt: skip
+    assert parent(parent(trainer)) == template, "the trainer's server was forked from it"
+    os.kill(template, signal.SIGKILL)
+    os.kill(json.loads(machine.run()["owner"])["pid"], signal.SIGKILL)
+    assert launcher.wait(LIMIT_S) == 0, machine.place.printed()
+    assert [row["outcome"] for row in machine.attempts()] == ["lost", "completed"]
+    assert bytes_at_the_end(machine.place) == expected
+    assert machine.alive() == []
+
+
+def test_programs_that_a_trainer_started_end_with_it(fast_dir: Path, where: Path) -> None:
+    """Also those in a session of their own, and whoever ends the trainer."""
+    made = Machine(new_place(where, act="daemon"))
+    try:
+        worker = made.worker()
+        made.trainer()
+        daemon = int(until(lambda: (where / "daemon").exists() and (where / "daemon").read_text(), "it ran"))
+        worker.kill()
+        worker.wait(LIMIT_S)
+        until(lambda: processes.start_ticks(daemon) is None, "the daemon ended")
+        until(lambda: not made.alive(), "everything ended")
+    finally:
+        made.end()
+
+
+def kind_of_server(pid: int) -> bytes:
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return argv[3] if b"sweeper.trainer.server" in argv else b""
 
 
 def parent(pid: int) -> int:
