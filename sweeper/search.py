@@ -60,15 +60,8 @@ def make(config: Mapping[str, Any], *, kind: str, **more: Any) -> Any:
         ConfigError: There is no such class, or it refuses its arguments.
     """
     target = str(config.get("_target_"))
-    module, _, name = target.rpartition(".")
     try:
-        factory = getattr(importlib.import_module(module), name)
-        base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner
-        if not (inspect.isclass(factory) and issubclass(factory, base)):
-            raise TypeError(f"{target} is not an Optuna {kind}")
-        if factory is optuna.samplers.QMCSampler:
-            raise TypeError("it counts its points in the study's attributes, which workers do not share here")
-        taken = inspect.signature(factory).parameters
+        factory, taken = _class_named(target, kind)
         arguments = {key: _build(value, kind) for key, value in config.items() if key != "_target_"}
         return factory(**arguments, **{key: value for key, value in more.items() if key in taken})
     except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -77,6 +70,19 @@ def make(config: Mapping[str, Any], *, kind: str, **more: Any) -> Any:
             why=str(error),
             do=f"Name a class of Optuna in {kind}._target_.",
         ) from error
+
+
+@lru_cache(maxsize=100)  # a sampler is made for each trial, and a signature costs more than that
+def _class_named(target: str, kind: str) -> tuple[type[Any], frozenset[str]]:
+    """A class of Optuna and the names of its arguments."""
+    module, _, name = target.rpartition(".")
+    factory = getattr(importlib.import_module(module), name)
+    base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner
+    if not (inspect.isclass(factory) and issubclass(factory, base)):
+        raise TypeError(f"{target} is not an Optuna {kind}")
+    if factory is optuna.samplers.QMCSampler:
+        raise TypeError("it counts its points in the study's attributes, which workers do not share here")
+    return factory, frozenset(inspect.signature(factory).parameters)
 
 
 def _build(value: Any, kind: str) -> Any:
