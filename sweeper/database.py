@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,20 @@ def execute(connection: Connection, sql: str, **params: Any) -> Any:
     if connection.dialect.name == "sqlite":  # it takes :name as it is; compiling costs more than executing
         return connection.exec_driver_sql(sql, params)
     return connection.execute(_text(sql), params)
+
+
+def execute_many(connection: Connection, sql: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Execute one statement for each row of named parameters; no row, no statement."""
+    if rows and connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(sql, rows)
+    elif rows:
+        connection.execute(_text(sql), rows)
+
+
+def insert(connection: Connection, table: str, /, **columns: Any) -> None:
+    """Insert one row; columns that are not named get their defaults."""
+    values = ", ".join(f":{name}" for name in columns)
+    execute(connection, f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})", **columns)
 
 
 @contextlib.contextmanager

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sweeper import clock
-from sweeper.database import execute
+from sweeper.database import execute, execute_many
 from sweeper.errors import StorageError
 from sweeper.records import Proposal
 from sweeper.states import OPTUNA_STATE, State
@@ -72,18 +71,12 @@ def insert_trial(connection: Connection, study_id: int, number: int, state: str,
 
 
 def _insert_params(connection: Connection, trial_id: int, internal: Mapping[str, tuple[float, str]]) -> None:
-    rows = [{"t": trial_id, "n": name, "v": value, "d": text} for name, (value, text) in internal.items()]
-    if rows:
-        connection.execute(
-            _INSERT_PARAM,
-            rows,
-        )
-
-
-_INSERT_PARAM = sa.text(
-    "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) VALUES (:t, :n, :v, :d) "
-    "ON CONFLICT (trial_id, param_name) DO NOTHING"
-)
+    execute_many(
+        connection,
+        "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) VALUES (:t, :n, :v, :d) "
+        "ON CONFLICT (trial_id, param_name) DO NOTHING",
+        [{"t": trial_id, "n": name, "v": value, "d": text} for name, (value, text) in internal.items()],
+    )
 
 
 def insert_attrs(connection: Connection, trial_id: int, attrs: Mapping[str, Any]) -> None:

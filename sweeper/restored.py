@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sqlalchemy.engine import Connection
 
 from sweeper import optuna_rows, sweep_rows
-from sweeper.database import execute
+from sweeper.database import execute, insert
 from sweeper.records import NewSweep, Proposal, Run
 from sweeper.states import Outcome, State
 
@@ -72,23 +72,19 @@ def _restore_trial(
 
 def _restore_run(connection: Connection, run: Run, restored: Restored, now: float) -> None:
     starts, outcome = restored.starts[run.run_id], restored.outcomes.get(run.run_id)
-    execute(
-        connection,
-        "INSERT INTO sweeper_run (run_id, sweep_id, number, trial_id, trial, params, seed, threads, path, wandb_run_id, state, outcome, reason, value, "
-        "lease_epoch, attempts, global_step, checkpoint_step, is_retried, replaces, retry_of, created_at, updated_at) VALUES "
-        "(:run_id, :sweep_id, :number, :trial_id, :trial, :params, :seed, :threads, :path, :wandb_run_id, :state, :outcome, :reason, :value, "
-        ":lease_epoch, :attempts, :global_step, :checkpoint_step, :is_retried, :replaces, :retry_of, :now, :now)",
+    insert(
+        connection, "sweeper_run",
         run_id=run.run_id, sweep_id=run.sweep_id, number=run.number, trial_id=run.trial_id, trial=run.trial, params=json.dumps(run.params),
         seed=run.seed, threads=run.threads, path=run.path, wandb_run_id=run.wandb_run_id, state=str(run.state),
-        outcome=outcome, reason=restored.reasons.get(run.run_id), value=sweep_rows.finite(restored.values.get(run.run_id)), lease_epoch=run.lease_epoch,
-        attempts=max(run.attempts, len(starts)), global_step=run.global_step, checkpoint_step=run.checkpoint_step,
-        is_retried=run.run_id in restored.retried, replaces=run.replaces, retry_of=run.retry_of, now=now,
+        outcome=outcome, reason=restored.reasons.get(run.run_id), value=sweep_rows.finite(restored.values.get(run.run_id)),
+        lease_epoch=run.lease_epoch, attempts=max(run.attempts, len(starts)), global_step=run.global_step,
+        checkpoint_step=run.checkpoint_step, is_retried=run.run_id in restored.retried,
+        replaces=run.replaces, retry_of=run.retry_of, created_at=now, updated_at=now,
     )  # fmt: skip
     for number, (epoch, start) in enumerate(starts, 1):
         ended = outcome if outcome and number == len(starts) else str(Outcome.LOST)
-        execute(
-            connection,
-            "INSERT INTO sweeper_attempt (run_id, attempt, lease_epoch, owner, started_at, start_step, outcome, reason) "
-            "VALUES (:r, :a, :e, '{}', :now, :start, :o, 'rebuilt from the run directory')",
-            r=run.run_id, a=number, e=epoch, now=now, start=start, o=ended,
+        insert(
+            connection, "sweeper_attempt",
+            run_id=run.run_id, attempt=number, lease_epoch=epoch, owner="{}", started_at=now, start_step=start,
+            outcome=ended, reason="rebuilt from the run directory",
         )  # fmt: skip

@@ -43,6 +43,7 @@ class Store:
                 "or --data-dir, or make it anew from run directories with `sweeper rebuild DATA_DIR`.",
             )
         self._engine = make_engine(url)
+        self._reader = self._engine.execution_options(sweeper_reads=True)
         self._file = self._file_id()
         with explained(url):
             check_database(self._engine, url, allow_network_file_system=allow_network_file_system)
@@ -59,10 +60,8 @@ class Store:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Connection]:
         """A transaction that takes no write lock."""
-        with explained(self.url), self._engine.connect() as connection:
-            reading = connection.execution_options(sweeper_reads=True)
-            with reading.begin():
-                yield reading
+        with explained(self.url), self._reader.begin() as connection:
+            yield connection
 
     def _file_id(self) -> tuple[int, int] | None:
         if self._path is None:
@@ -123,16 +122,13 @@ class Store:
     def count_left(self, sweep_id: int) -> tuple[int, int]:
         """(trials that may still be drawn, runs that are incomplete)."""
         with self._reading() as connection:
-            total, cancelled = execute(
-                connection, "SELECT n_trials, is_cancelled FROM sweeper_sweep WHERE sweep_id=:s", s=sweep_id
-            ).one()
-            drawn = sweep_rows.count_drawn(connection, sweep_id)
+            left = sweep_rows.count_left(connection, sweep_id)
             incomplete = execute(
                 connection,
                 f"SELECT count(*) FROM sweeper_run WHERE sweep_id=:s AND state IN ({sweep_rows.quoted(INCOMPLETE)})",
                 s=sweep_id,
             ).scalar_one()
-        return (0 if cancelled else max(0, total - drawn)), incomplete
+        return left, incomplete
 
     # --- drawing ---------------------------------------------------------------------------
 
@@ -146,7 +142,10 @@ class Store:
         with self._reading() as connection:
             first = optuna_rows.first_waiting(connection, study_id)
             number = optuna_rows.next_trial(connection, study_id)
-        return (None if first is None else self.trials(study_id, after=number, numbers=[first])[0]), number
+            if first is None:
+                return None, number
+            (waiting,) = optuna_rows.read_trials(connection, study_id, after=number, numbers=[first])
+        return waiting, number
 
     def draw(
         self, sweep: Sweep, proposal: Proposal, *, owner: ProcessId, worker: str, threads: int
@@ -159,12 +158,7 @@ class Store:
         """
         now = clock.wall_s()
         with self._transaction() as connection:
-            total, cancelled = execute(
-                connection,
-                "SELECT n_trials, is_cancelled FROM sweeper_sweep WHERE sweep_id=:s",
-                s=sweep.sweep_id,
-            ).one()
-            if cancelled or sweep_rows.count_drawn(connection, sweep.sweep_id) >= total:
+            if sweep_rows.count_left(connection, sweep.sweep_id) == 0:
                 return None
             trial_id = optuna_rows.take_trial(connection, sweep.study_id, proposal)
             if trial_id is None:
@@ -434,10 +428,7 @@ class Store:
                 "state=:after, value=:value, owner_token=NULL, lease_until=NULL, processes=NULL",
                 state=source(event_), after=str(target(event_)), value=sweep_rows.finite(ending.value),
             )  # fmt: skip
-            sweep_rows.end_attempt(connection, lease.run_id, lease.lease_epoch, ending, now=now)
-            trial_id = execute(
-                connection, "SELECT trial_id FROM sweeper_run WHERE run_id=:r", r=lease.run_id
-            ).scalar_one()
+            trial_id = sweep_rows.end_attempt(connection, lease.run_id, lease.lease_epoch, ending, now=now)
             optuna_rows.tell(connection, trial_id, state, ending.value, now)
 
     # --- superseding -----------------------------------------------------------------------

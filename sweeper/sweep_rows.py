@@ -9,12 +9,13 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy.engine import Connection, Row
 
-from sweeper import clock, optuna_rows, schema
-from sweeper.database import execute
+from sweeper import clock, optuna_rows
+from sweeper.database import execute, insert
 from sweeper.records import Ending, Lease, NewSweep, ParamValue, ProcessId, Run, Suspect, Sweep
 from sweeper.states import Outcome, State
 
@@ -48,15 +49,16 @@ def insert_sweep(connection: Connection, new: NewSweep) -> tuple[int, int]:
     return int(sweep_id), study_id
 
 
-def count_drawn(connection: Connection, sweep_id: int) -> int:
-    """How many trials of the sweep count to its `n_trials`."""
-    return int(
-        execute(
-            connection,
-            f"SELECT count(*) FROM sweeper_run WHERE sweep_id=:s AND state IN ({_COUNTED}) AND is_retried=:f",
-            s=sweep_id, f=False,
-        ).scalar_one()
-    )  # fmt: skip
+def count_left(connection: Connection, sweep_id: int) -> int:
+    """How many trials of the sweep may still be drawn."""
+    left = execute(
+        connection,
+        "SELECT CASE WHEN is_cancelled THEN 0 ELSE n_trials - "
+        f"(SELECT count(*) FROM sweeper_run WHERE sweep_id=:s AND state IN ({_COUNTED}) AND is_retried=:f) END "
+        "FROM sweeper_sweep WHERE sweep_id=:s",
+        s=sweep_id, f=False,
+    ).scalar_one()  # fmt: skip
+    return max(0, int(left))
 
 
 def reserve_number(connection: Connection, sweep_id: int) -> int:
@@ -76,73 +78,46 @@ def insert_run(
     connection: Connection, run: Run, lease: Lease, *, owner: ProcessId, worker: str, now: float, until: float
 ) -> None:
     """A run is born running, under its first lease."""
-    connection.execute(
-        schema.run.insert(),
-        {
-            "run_id": run.run_id,
-            "sweep_id": run.sweep_id,
-            "number": run.number,
-            "trial_id": run.trial_id,
-            "trial": run.trial,
-            "params": json.dumps(run.params),
-            "seed": run.seed,
-            "threads": run.threads,
-            "path": run.path,
-            "wandb_run_id": run.wandb_run_id,
-            "state": str(State.RUNNING),
-            "lease_epoch": lease.lease_epoch,
-            "owner_token": lease.owner_token,
-            "owner": dump_process(owner),
-            "worker": worker,
-            "heartbeat": 1,
-            "lease_until": until,
-            "attempts": 1,
-            "lost_count": run.lost_count,
-            "crashed_count": run.crashed_count,
-            "oom_count": run.oom_count,
-            "replaces": run.replaces,
-            "retry_of": run.retry_of,
-            "created_at": now,
-            "updated_at": now,
-        },
-    )
+    insert(
+        connection, "sweeper_run",
+        run_id=run.run_id, sweep_id=run.sweep_id, number=run.number, trial_id=run.trial_id, trial=run.trial, params=json.dumps(run.params),
+        seed=run.seed, threads=run.threads, path=run.path, wandb_run_id=run.wandb_run_id, state=str(State.RUNNING),
+        lease_epoch=lease.lease_epoch, owner_token=lease.owner_token, owner=dump_process(owner), worker=worker,
+        heartbeat=1, lease_until=until, attempts=1,
+        lost_count=run.lost_count, crashed_count=run.crashed_count, oom_count=run.oom_count,
+        replaces=run.replaces, retry_of=run.retry_of, created_at=now, updated_at=now,
+    )  # fmt: skip
 
 
 def insert_attempt(
     connection: Connection, run_id: str, attempt: int, epoch: int, owner: ProcessId, now: float
 ) -> None:
     """An attempt begins; `end_attempt` says how it ended."""
-    execute(
-        connection,
-        "INSERT INTO sweeper_attempt (run_id, attempt, lease_epoch, owner, started_at) VALUES (:r, :a, :e, :o, :now)",
-        r=run_id, a=attempt, e=epoch, o=dump_process(owner), now=now,
+    insert(
+        connection, "sweeper_attempt",
+        run_id=run_id, attempt=attempt, lease_epoch=epoch, owner=dump_process(owner), started_at=now,
     )  # fmt: skip
 
 
 def end_attempt(
     connection: Connection, run_id: str, epoch: int, ending: Ending, *, now: float, step: int | None = None
-) -> None:
-    """Write why the attempt ended, and count it against the budget of its class."""
-    execute(
+) -> int:
+    """Write why the attempt ended, and count it against the budget of its class; returns the trial's id."""
+    committed = execute(
         connection,
         "UPDATE sweeper_attempt SET ended_at=:now, outcome=:o, reason=:why, detail=:detail, "
         "end_step=COALESCE(:step, (SELECT global_step FROM sweeper_run WHERE run_id=:r)) "
-        "WHERE run_id=:r AND lease_epoch=:e AND outcome IS NULL",
+        "WHERE run_id=:r AND lease_epoch=:e AND outcome IS NULL RETURNING checkpoint_step",
         now=now, o=str(ending.outcome), why=ending.reason, detail=ending.detail, step=step, r=run_id, e=epoch,
-    )  # fmt: skip
+    ).scalar_one_or_none()  # fmt: skip
     column = None if ending.is_disk_fault else BUDGETS.get(ending.outcome)
-    count = f", {column}={column}+1" if column else ""
-    committed = execute(
+    count = f", {column}={column}+1" if column and committed is None else ""
+    trial_id: int = execute(
         connection,
-        "SELECT checkpoint_step FROM sweeper_attempt WHERE run_id=:r AND lease_epoch=:e",
-        r=run_id,
-        e=epoch,
-    ).scalar_one_or_none()
-    execute(
-        connection,
-        f"UPDATE sweeper_run SET outcome=:o, reason=:why{count if committed is None else ''} WHERE run_id=:r",
+        f"UPDATE sweeper_run SET outcome=:o, reason=:why{count} WHERE run_id=:r RETURNING trial_id",
         o=str(ending.outcome), why=ending.reason, r=run_id,
-    )  # fmt: skip
+    ).scalar_one()  # fmt: skip
+    return trial_id
 
 
 def insert_verdict(connection: Connection, trial_id: int, *, step: int, value: float, prune: bool) -> None:
@@ -185,6 +160,7 @@ def suspect_of(row: Row[Any]) -> Suspect:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=100)
 def dump_process(process: ProcessId) -> str:
     """JSON of a process, for `owner` columns."""
     return json.dumps(asdict(process))
