@@ -7,8 +7,9 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sweeper.alive import boot_id, machine_id, pid_namespace, proof_of_death, start_ticks
@@ -18,9 +19,13 @@ __all__ = [
     "ATTEMPT_VARIABLE",
     "adopt_orphans",
     "boot_id",
+    "bound_to",
     "children",
     "die_with_parent",
+    "ending_of",
+    "has_ended",
     "identify",
+    "kill_group",
     "kill_leftovers",
     "machine_id",
     "pid_namespace",
@@ -124,6 +129,46 @@ def die_with_parent(parent_pid: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def bound_to(parent_pid: int, *, niceness: int = 0) -> Callable[[], None]:
+    """What a child does before it becomes somebody else's program: Popen's `preexec_fn`.
+
+    It dies with its parent, and gets the signals that its parent may ignore.
+
+    HAZARD: called between fork and exec, so the parent must have one thread only, the main one.
+    """
+
+    def prepare() -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_DFL)
+        os.nice(niceness)
+        die_with_parent(parent_pid)
+
+    return prepare
+
+
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a child is over. It stays unreaped, so that its number remains its own."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> int:
+    """End a child that leads a process group, and all of its group; returns its return code."""
+    if process.returncode is None:  # reaped, its number may be somebody else's
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def ending_of(returncode: int) -> str:
+    """How a process ended, in words: `exit code 3`, `SIGKILL`."""
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    known = {number.value: number.name for number in signal.Signals}
+    return known.get(-returncode, f"signal {-returncode}")
 
 
 def adopt_orphans() -> None:

@@ -159,7 +159,7 @@ class Local:
         data_dir: Path,
         stop_at_s: float | None,
         template: Template | None = None,
-        board: BoardSettings = BoardSettings(is_auto=False),  # noqa: B008 - frozen
+        board: BoardSettings,
     ) -> None:
         self._sweep, self._slots, self._storage, self._data_dir = sweep, slots, storage, data_dir
         self._template, self._board = template, board
@@ -178,6 +178,7 @@ class Local:
         ):
             for slot in self._slots:
                 self._start(slot)
+            board.start()
             while any(slot.process is not None for slot in self._slots) or self._is_waiting():
                 self._turn(display)
                 board.look()

@@ -247,9 +247,11 @@ def check_values(config: dict[str, Any]) -> None:
         target,
         "Name an importable function, e.g. my_package.my_module.train.",
     )
+    from sweeper.launch.tensorboard import BoardSettings
     from sweeper.tracking import TrackingSettings
 
     TrackingSettings.from_config(config["tracking"])
+    BoardSettings.from_config(config["tracking"])
 
 
 def check_trainer(target: str) -> None:

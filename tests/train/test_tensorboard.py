@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from crash import mini
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from workers import LIMIT_S, Workers, until
 
+from sweeper import processes
 from sweeper.tracking import MetricsLog
 from sweeper.tracking.messages import End
 from sweeper.tracking.metrics import read_rows
@@ -125,3 +130,82 @@ def test_attempts_that_are_taken_back_twice(directory: Path, log_path: Path) -> 
     log_steps(log_path, 5, 6, scale=10, offset=offset)
     attempt(directory, log_path)
     assert scalars(directory) == [(s, 1.0 * s) for s in range(1, 5)] + [(5, 50.0), (6, 60.0)]
+
+
+# --- a real sweep ------------------------------------------------------------------------------
+
+SAVED, SEEN = 6, 9
+"""The step of the first checkpoint, and one behind it that TensorBoard has seen before the kill."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["trainer", "worker"])
+def test_killed_between_a_checkpoint_and_rows_that_were_shown(tmp_path: Path, victim: str) -> None:
+    """The points behind the checkpoint are taken back, and those of the next attempt stand alone."""
+    root = tmp_path / "boards"
+    place = mini.new_place(
+        tmp_path / "data",
+        trainer={"_target_": "crash_trainer.train", "act": "slow", "at": 5},
+        checkpoint={"every_n_steps": SAVED},
+        lease={"heartbeat_s": 0.3, "ttl_s": 1.0},
+        tracking={"wandb": {"mode": "disabled"}, "tensorboard": {"enabled": True, "dir": str(root)}},
+    )
+    made = Workers(place)
+    directory = root / mini.SWEEP / mini.FIRST_RUN
+    try:
+        worker = made.worker()
+        until(lambda: last_step(directory) >= SEEN, f"step {SEEN} was shown")
+        pid = worker.pid if victim == "worker" else made.trainer()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert last_step(directory) < 2 * SAVED, "the test is too slow for this machine"
+        (place.data_dir / "go").touch()
+        if victim == "worker":
+            worker.wait(LIMIT_S)
+            made.all_gone()
+            made.finish()
+        assert worker.wait(LIMIT_S) == (-signal.SIGKILL if victim == "worker" else 0), place.printed()
+        assert made.outcomes() == ["lost", "completed"]
+        assert f"going on from step {SAVED}" in place.printed()
+    finally:
+        made.end()
+    logged = [(row["step"], row["train_loss"]) for row in read_rows(place.run_dir() / "metrics.jsonl")]
+    assert [step for step, _ in logged] == list(range(1, 25))
+    assert scalars(directory, "train_loss") == [(step, pytest.approx(value)) for step, value in logged]
+    assert len(list(directory.iterdir())) == 2, "one file an attempt"
+
+
+def last_step(directory: Path) -> int:
+    """The newest step of event files that are being written; -1 for none yet."""
+    try:
+        return max(step for step, _ in scalars(directory, "train_loss")) if directory.is_dir() else -1
+    except KeyError:
+        return -1
+
+
+@pytest.mark.slow
+def test_a_launcher_shows_them_and_takes_tensorboard_with_it(tmp_path: Path) -> None:
+    place = mini.new_place(
+        tmp_path / "data",
+        trainer={"_target_": "crash_trainer.train", "act": "slow", "at": 5},
+        tracking={
+            "wandb": {"mode": "disabled"},
+            "tensorboard": {"enabled": True, "dir": str(tmp_path / "boards"), "port": 0},
+        },
+    )
+    made = Workers(place)
+    try:
+        launcher = made.start("resume", mini.SWEEP)
+        until(lambda: "[TENSORBOARD] http://localhost:" in place.printed(), "it was announced")
+        pid = int(place.printed().split("(pid ")[1].split(")")[0])
+        assert pid in made.alive()
+        launcher.kill()
+        launcher.wait(LIMIT_S)
+        made.all_gone()
+        assert processes.start_ticks(pid) is None
+        (place.data_dir / "go").touch()
+        launcher = made.start("resume", mini.SWEEP)
+        assert launcher.wait(LIMIT_S) == 0, place.printed()
+        assert made.alive() == []
+    finally:
+        made.end()

@@ -21,7 +21,10 @@ from sweeper.launch.command import prepare
 from sweeper.launch.settings import Settings, differences, freeze, thread_count
 
 CANARY = "canary-7f3a-do-not-store"
-VARIABLES = ("SAVE_INTERVAL", "KEEP_LAST", "TF_DIR", "SWEEPER_STORAGE", "SWEEPER_DATA_DIR", "DATA_DIR")
+VARIABLES = (
+    *("SAVE_INTERVAL", "KEEP_LAST", "TF_DIR", "TB_AUTO", "TB_PORT", "TB_HOST"),
+    *("SWEEPER_STORAGE", "SWEEPER_DATA_DIR", "DATA_DIR"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,17 @@ def test_a_trainers_variables_are_frozen_too_and_other_interpolations_kept(
     assert run.trainer.half == run.trainer.batch_size
 
 
+def test_where_tensorboard_is_shown_comes_from_the_environment(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = read(composed()).new.config["tracking"]["tensorboard"]
+    assert (board["auto"], board["port"], board["host"]) == (1, 6006, "localhost")
+    for name, value in {"TB_AUTO": "0", "TB_PORT": "7007", "TB_HOST": "0.0.0.0"}.items():
+        monkeypatch.setenv(name, value)
+    board = read(composed()).new.config["tracking"]["tensorboard"]
+    assert (board["auto"], board["port"], board["host"]) == (0, 7007, "0.0.0.0")
+
+
 # --- secrets -----------------------------------------------------------------------------------
 
 SECRETS: dict[str, list[str]] = {
@@ -248,6 +262,8 @@ REFUSED: dict[str, str] = {
     "lease.hartbeat_s=5": "grace_s, heartbeat_s, progress_s, ttl_s",
     "sweep.stop_after_s=0": "sweep.stop_after_s=0",
     "tracking.tensorboard.enabled=perhaps": "tracking.tensorboard.enabled='perhaps'",
+    "tracking.tensorboard.auto=perhaps": "tracking.tensorboard.auto='perhaps'",
+    "tracking.tensorboard.port=http": "tracking.tensorboard.port='http'",
     "launcher.gpus_per_worker=-1": "launcher.gpus_per_worker=-1",
     "launcher.n_workers=0": "launcher.n_workers=0",
     "trainer._target_=train": "my_package.my_module.train",
