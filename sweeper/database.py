@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event, exc
+from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine, make_url
 
 from sweeper import processes, schema
@@ -76,18 +76,21 @@ def connect_sqlite(path: Path) -> sqlite3.Connection:
 
 
 def make_engine(url: str) -> Engine:
-    """An engine whose transactions take the write lock at once on SQLite."""
+    """An engine for `transaction`. On SQLite nothing else begins one: each statement is on its own."""
     path = database_path(url)
     if path is None:
         return sa.create_engine(url, pool_pre_ping=True)
-    engine = sa.create_engine(url, creator=lambda: connect_sqlite(path))
+    return sa.create_engine(url, creator=lambda: connect_sqlite(path))
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        reads = connection.get_execution_options().get("sweeper_reads", False)
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
-    return engine
+@contextlib.contextmanager
+def transaction(engine: Engine, *, only_reads: bool = False) -> Iterator[Connection]:
+    """One transaction, which takes the write lock at once on SQLite unless it only reads."""
+    with engine.begin() as connection:
+        # Not in a listener: an engine that has one looks for more of them at each statement.
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
+        yield connection
 
 
 _text = lru_cache(maxsize=500)(sa.text)  # bounded: numbers of trials are written into a text
@@ -203,13 +206,13 @@ def create_database(url: str, *, allow_network_file_system: bool = False) -> Non
 def _create_schema(url: str, path: Path | None) -> None:
     engine = make_engine(url)
     try:
-        with engine.connect() as connection:
+        with transaction(engine) as connection:
             names = set(sa.inspect(connection).get_table_names())
             optuna_made = _revision(connection, "alembic_version", names)
         if not optuna_made:  # written last, and not in one transaction with the tables
             _create_optuna_tables(url, path)
         if schema.VERSION_TABLE not in names:
-            with engine.begin() as connection:
+            with transaction(engine) as connection:
                 schema.metadata.create_all(connection)
                 for statement in schema.OPTUNA_INDEXES:
                     connection.exec_driver_sql(statement)
@@ -244,7 +247,7 @@ def _machine() -> dict[str, str]:
 def _record_permission(url: str) -> None:
     """Remember that the user wants the file where it is, for every worker that opens it."""
     engine = make_engine(url)
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         execute(
             connection,
             "INSERT INTO sweeper_meta VALUES (:k, '1') ON CONFLICT (key) DO NOTHING",
@@ -266,7 +269,7 @@ def upgrade_schema(url: str) -> tuple[str, str]:
     if path is not None and not path.exists():
         raise StorageError(f"there is no database at {path}", do="`sweeper launch` creates one.")
     engine = make_engine(url)
-    with explained(url), engine.connect() as connection:
+    with explained(url), transaction(engine) as connection:
         names = set(sa.inspect(connection).get_table_names())
         if schema.VERSION_TABLE not in names:
             raise StorageError(
@@ -281,7 +284,7 @@ def upgrade_schema(url: str) -> tuple[str, str]:
         )
     config = Config()
     config.set_main_option("script_location", "sweeper:migrations")
-    with explained(url), engine.begin() as connection:
+    with explained(url), transaction(engine) as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
     engine.dispose()
@@ -301,7 +304,7 @@ def _revision(connection: Connection, table: str, names: Set[str]) -> str:
 def check_database(engine: Engine, url: str, *, allow_network_file_system: bool = False) -> None:
     """Raise StorageError unless this sweeper may use this database on this machine."""
     path = database_path(url)
-    with engine.connect() as connection:
+    with transaction(engine) as connection:
         names = set(sa.inspect(connection).get_table_names())
         ours = _revision(connection, schema.VERSION_TABLE, names)
         optuna = _revision(connection, "alembic_version", names)
@@ -339,5 +342,5 @@ def _check_machine(engine: Engine, path: Path, recorded: Mapping[str, str]) -> N
             do="Use PostgreSQL for several machines (storage.url=postgresql://…); if you moved the file here for good, "
             "run `sweeper rebuild DATA_DIR` into a new one.",
         )
-    with engine.begin() as connection:
+    with transaction(engine) as connection:
         execute(connection, "UPDATE sweeper_meta SET value=:v WHERE key='boot_id'", v=here["boot_id"])

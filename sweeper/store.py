@@ -18,7 +18,15 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from sweeper import clock, optuna_rows, restored, rundir, sweep_rows
-from sweeper.database import check_database, database_path, execute, explained, make_engine, shown
+from sweeper.database import (
+    check_database,
+    database_path,
+    execute,
+    explained,
+    make_engine,
+    shown,
+    transaction,
+)
 from sweeper.errors import Fenced, NotFound, StorageError, SweeperError
 from sweeper.records import Claim, Ending, Lease, NewSweep, ProcessId, Proposal, Run, Suspect, Sweep
 from sweeper.recovery import MAX_BACK_OFF_S
@@ -43,7 +51,6 @@ class Store:
                 "or --data-dir, or make it anew from run directories with `sweeper rebuild DATA_DIR`.",
             )
         self._engine = make_engine(url)
-        self._reader = self._engine.execution_options(sweeper_reads=True)
         self._file = self._file_id()
         with explained(url):
             check_database(self._engine, url, allow_network_file_system=allow_network_file_system)
@@ -54,13 +61,13 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        with explained(self.url), self._engine.begin() as connection:
+        with explained(self.url), transaction(self._engine) as connection:
             yield connection
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Connection]:
         """A transaction that takes no write lock."""
-        with explained(self.url), self._reader.begin() as connection:
+        with explained(self.url), transaction(self._engine, only_reads=True) as connection:
             yield connection
 
     def _file_id(self) -> tuple[int, int] | None:
