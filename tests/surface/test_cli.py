@@ -163,27 +163,55 @@ def test_launch_gets_everything_unparsed(sweeper: Any, fake: Any) -> None:
     calls = fake("sweeper.launch.command", "main", returns=75)
     arguments = ["+sweep=simple", "--cfg", "job", "--help", "-m", "sweep.params={a: 'x y'}", "--storage"]
     assert sweeper("launch", *arguments).code == 75
-    assert calls == [((arguments,), {})]
+    assert calls == [((arguments,), {"template": None})]
 
 
 def test_launch_takes_global_options_as_overrides(sweeper: Any, fake: Any) -> None:
     calls = fake("sweeper.launch.command", "main")
+    fake("sweeper.launch.ahead", "Template", returns="ahead")
     sweeper("--debug", "--data-dir", "/tmp/a b", "launch", "+sweep=simple", "--debug")
-    assert calls == [((["data_dir='/tmp/a b'", "+sweep=simple"],), {})]
+    assert calls == [((["data_dir='/tmp/a b'", "+sweep=simple"],), {"template": "ahead"})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_ahead"),
+    [
+        ([], True),
+        (["launcher.n_workers=2", "--config-dir", "mine"], True),
+        (["launcher=local"], True),
+        (["launcher=slurm"], False),
+        (["--cfg", "job"], False),
+        (["--dry-run"], False),
+        (["--help"], False),
+    ],
+)
+def test_torch_is_imported_ahead_only_for_local_workers(
+    fake: Any, arguments: list[str], is_ahead: bool
+) -> None:
+    from sweeper.launch.ahead import template_for
+
+    fake("sweeper.launch.ahead", "Template", returns="ahead")
+    assert (template_for(["+sweep=simple", *arguments]) is not None) == is_ahead
 
 
 @pytest.mark.parametrize(
     ("arguments", "module", "function", "positional", "options"),
     [
-        (["worker", "simple"], "sweeper.worker", "main", ("simple",), {"name": None, "launcher_fd": None}),
         (
-            ["worker", "simple", "--name", "w1", "--launcher-fd", "3"],
+            ["worker", "simple"],
             "sweeper.worker",
             "main",
             ("simple",),
-            {"name": "w1", "launcher_fd": 3},
+            {"name": None, "launcher_fd": None, "server_fd": None},
         ),
-        (["resume", "simple"], "sweeper.launch.command", "resume", ("simple",), {}),
+        (
+            ["worker", "simple", "--name", "w1", "--launcher-fd", "3", "--server-fd", "4"],
+            "sweeper.worker",
+            "main",
+            ("simple",),
+            {"name": "w1", "launcher_fd": 3, "server_fd": 4},
+        ),
+        (["resume", "simple"], "sweeper.launch.command", "resume", ("simple",), {"template": "ahead"}),
         (["retry", "simple.r.00001"], "sweeper.manage", "retry", ("simple.r.00001",), {}),
         (["cancel", "simple"], "sweeper.manage", "cancel", ("simple",), {}),
         (["db", "upgrade"], "sweeper.manage", "upgrade", (), {}),
@@ -198,6 +226,7 @@ def test_verbs_that_act(
     positional: tuple[Any, ...],
     options: dict[str, Any],
 ) -> None:
+    fake("sweeper.launch.ahead", "Template", returns="ahead")
     calls = fake(module, function, returns=1)
     assert sweeper(*arguments).code == 1
     where = {"storage": "sqlite:///outputs/sweeper.db", "data_dir": Path("outputs")}
