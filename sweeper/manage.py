@@ -12,6 +12,7 @@ from sweeper.records import Claim, Ending, ProcessId, Run
 from sweeper.report.hints import next_command
 from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store
+from sweeper.trainer.run import in_attempt
 from sweeper.worker import settle
 
 _CLAIM_TRIES = 50
@@ -52,8 +53,8 @@ def _cancel_run(store: Store, run: Run, data_dir: Path, me: ProcessId) -> None:
         print(f"run {run.run_id} is {store.run(run.run_id).state} meanwhile", file=sys.stderr)
         return
     trainers = claim.previous[1:]  # the worker itself goes on with other runs
-    processes.kill_leftovers(trainers, attempt_tag=f"{run.run_id}:{run.lease_epoch}")
     run_dir = data_dir / run.path
+    processes.kill_leftovers(trainers, attempt_tag=in_attempt(str(run_dir.resolve()), run.lease_epoch))
     lease = claim.lease
     if run_dir.is_dir():
         on_disk = rundir.largest_epoch(run_dir)

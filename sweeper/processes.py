@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 ATTEMPT_VARIABLE = "SWEEPER_ATTEMPT"
-"""Environment variable `<run_id>:<lease_epoch>` that programs started by a trainer inherit."""
+"""Environment variable `<run directory>:<lease_epoch>` that programs started by a trainer inherit."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -69,7 +69,7 @@ def kill_leftovers(
 
     Args:
         processes: As recorded for the attempt.
-        attempt_tag: `<run_id>:<lease_epoch>`.
+        attempt_tag: `<run directory>:<lease_epoch>`.
         wait_s: How long to wait for them to be gone.
         among: Look only at these pids for members and heirs; the default is all there are.
 

@@ -23,7 +23,7 @@ from sweeper.recovery import signal_outcome
 from sweeper.search import Search
 from sweeper.states import Outcome
 from sweeper.store import Store
-from sweeper.trainer.run import Spec
+from sweeper.trainer.run import Spec, in_attempt
 from sweeper.trainer.warm import TrainerServer
 
 DEATH = "death"
@@ -266,7 +266,7 @@ class Supervisor:
             attempt.exit_status = self._server.wait(wait_s=GOODBYE_WAIT_S)
         if attempt.exit_status is None:  # the server died or hangs, perhaps before anything had begun
             self._server.stop()
-            tag = f"{attempt.spec.run_id}:{attempt.spec.lease_epoch}"
+            tag = in_attempt(attempt.spec.run_dir, attempt.spec.lease_epoch)
             processes.kill_leftovers([attempt.trainer] if attempt.trainer else [], attempt_tag=tag)
         attempt.channel.close()
 

@@ -30,7 +30,7 @@ from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
 from sweeper.tracking import Tracker, TrackingSettings
-from sweeper.trainer.run import Spec
+from sweeper.trainer.run import Spec, in_attempt
 from sweeper.trainer.warm import TrainerServer, wants_cuda
 
 IDLE_POLL_S = 0.2
@@ -187,7 +187,7 @@ class Worker:
         run = claim.run
         run_dir = self._data_dir / run.path
         if claim.previous:
-            tag = f"{run.run_id}:{run.lease_epoch - 1}"
+            tag = in_attempt(str(run_dir.resolve()), run.lease_epoch - 1)
             killed = processes.kill_leftovers(claim.previous, attempt_tag=tag)
             ended = f"; ended what was left of it ({', '.join(map(str, killed))})" if killed else ""
             log(f"[LEASE] {run.run_id}: taken over, {claim.reason}{ended}")

@@ -45,7 +45,7 @@ def be_trainer(spec: Spec, channel: Channel, *, log_fd: int) -> int:
     os.close(log_fd)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the worker decides, and tells at a step boundary
-    os.environ["SWEEPER_ATTEMPT"] = in_attempt(spec.run_id, spec.lease_epoch)
+    os.environ["SWEEPER_ATTEMPT"] = in_attempt(spec.run_dir, spec.lease_epoch)
     # Loader workers of a dead trainer would linger for seconds.
     trainer_pid = os.getpid()
     os.register_at_fork(after_in_child=lambda: processes.die_with_parent(trainer_pid))

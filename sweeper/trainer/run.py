@@ -328,6 +328,9 @@ def checked_value(value: object) -> float:
     return float(value)
 
 
-def in_attempt(run_id: str, lease_epoch: int) -> str:
-    """The tag that programs started by an attempt inherit in their environment."""
-    return f"{run_id}:{lease_epoch}"
+def in_attempt(run_dir: str, lease_epoch: int) -> str:
+    """The tag that programs started by an attempt inherit in their environment.
+
+    The run's resolved directory and not its id: sweeps of one name live in other data directories.
+    """
+    return f"{run_dir}:{lease_epoch}"
