@@ -1,6 +1,6 @@
 """Worker ↔ trainer: JSON lines over one local socket; the only thing both sides share.
 
-Trainer → worker, told:    hello, started, progress, resumed, refused, result, pruned, preempted,
+Trainer → worker, told:    hello, saver, started, progress, resumed, refused, result, pruned, preempted,
                            fenced, no_checkpoint, error
 Trainer → worker, asked:   lease (may I rename?), committed (record it), report (shall I stop?)
 Worker → trainer, told:    deadline (boot clock), stop (reason); and the answer to each question
@@ -101,7 +101,7 @@ class WorkerLink:
 
     def __init__(self, channel: Channel, *, deadline_s: float) -> None:
         self._channel = channel
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._answers: list[Message] = []
         self._stop_reason: str | None = None
 
@@ -115,7 +115,7 @@ class WorkerLink:
 
     def check_deadline(self) -> None:
         """Raise Fenced past the deadline of the last heartbeat: a stopped worker's trainer ends too."""
-        if clock.boot_s() > self._deadline_s:
+        if clock.boot_s() > self.deadline_s:
             raise Fenced(
                 "the lease of this run may be over",
                 why="its worker has not renewed it in time",
@@ -130,7 +130,7 @@ class WorkerLink:
         self._channel.send(kind, **data)
         while not self._answers:
             # A stopped worker never answers; past its deadline this attempt is over all the same.
-            left_s = max(0.0, self._deadline_s - clock.boot_s())
+            left_s = max(0.0, self.deadline_s - clock.boot_s())
             self._take(self._channel.receive(wait_s=left_s + 0.01))
             if not self._answers:
                 self.check_deadline()
@@ -143,10 +143,28 @@ class WorkerLink:
     def _take(self, messages: list[Message]) -> None:
         for message in messages:
             if message["kind"] == "deadline":
-                self._deadline_s = message["at"]
+                self.deadline_s = message["at"]
             elif message["kind"] == "stop":
                 self._stop_reason = message["reason"]
             else:
                 self._answers.append(message)
         if self._channel.is_closed:
             raise ChannelClosed("the worker of this training is gone")
+
+
+class NoLink:
+    """The link of a training that no worker stands behind: everything is allowed."""
+
+    stop_reason: str | None = None
+
+    def poll(self) -> None:
+        """Nothing arrives."""
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Complaints are printed, for nobody else will."""
+        if kind == "complaint":
+            print(f"[CHECKPOINT] {data['text']}", flush=True)
+
+    def ask(self, kind: str, **data: Any) -> Message:
+        """Yes; and nobody prunes."""
+        return {"prune": False}

@@ -25,8 +25,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from sweeper import fsops, rundir
+from sweeper import fsops, images, retention, rundir
 from sweeper.errors import CheckpointRefused, Fenced
+from sweeper.retention import Keep, Kept
 
 SCHEMA_VERSION = 1
 ALGORITHM = "blake3"
@@ -58,6 +59,11 @@ def step_of(directory: Path) -> int:
     return int(directory.name.rpartition("_")[2])
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a file of a checkpoint may be called so."""
+    return _FILE_NAME.match(name) is not None
+
+
 def digest(data: bytes | bytearray | memoryview) -> str:
     """BLAKE3 of `data`, hexadecimal."""
     return blake3(data).hexdigest()
@@ -70,6 +76,8 @@ class Manifest:
     Attributes:
         files: Name → (size in bytes, digest).
         parent_step: Step of the checkpoint this attempt resumed from; None if it started at 0.
+        value: The value by which the best are kept, at this step; None when there was none.
+        is_pinned: Never pruned.
         digest: Digest of the manifest's own remaining bytes in canonical form.
     """
 
@@ -82,10 +90,16 @@ class Manifest:
     world_size: int
     files: Mapping[str, tuple[int, str]]
     digest: str = ""
+    value: float | None = None
+    is_pinned: bool = False
 
     def body(self) -> dict[str, Any]:
         """Everything but the manifest's own digest, as plain JSON values."""
+        keep: dict[str, Any] = {} if self.value is None else {"value": self.value}
+        if self.is_pinned:
+            keep["is_pinned"] = True
         return {
+            **keep,
             "schema_version": SCHEMA_VERSION,
             "algorithm": ALGORITHM,
             "run_id": self.run_id,
@@ -124,6 +138,8 @@ def parse_manifest(data: bytes) -> Manifest:
             world_size=raw["world_size"],
             files={name: (entry["size_bytes"], entry["digest"]) for name, entry in raw["files"].items()},
             digest=raw["manifest_digest"],
+            value=raw.get("value"),
+            is_pinned=raw.get("is_pinned", False),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointRefused(f"{MANIFEST} is damaged", why=f"{type(error).__name__}: {error}") from error
@@ -143,7 +159,8 @@ def _has_sound_values(manifest: Manifest) -> bool:
     ]
     if manifest.parent_step is not None:
         numbers.append(manifest.parent_step)
-    return all(type(number) is int and number >= 0 for number in numbers)
+    keeps = manifest.value is None or type(manifest.value) is float
+    return keeps and all(type(number) is int and number >= 0 for number in numbers)
 
 
 # --- writing -------------------------------------------------------------------------------
@@ -213,6 +230,8 @@ class Draft:
     parent_step: int | None
     config_digest: str
     world_size: int = 1
+    value: float | None = None
+    is_pinned: bool = False
     directory: Path = field(init=False)
     files: dict[str, tuple[int, str]] = field(init=False, default_factory=dict)
 
@@ -238,6 +257,11 @@ class Draft:
         digest_hex = file.close_durably()
         self.files[name] = (file.size_bytes, digest_hex)
 
+    def add_image(self, name: str, image: memoryview) -> None:
+        """Write one file whose bytes lie in memory, page-aligned, as fast as the disk takes them."""
+        digest_hex = images.write(self.directory / name, image)
+        self.files[name] = (image.nbytes, digest_hex)
+
     def add_bytes(self, name: str, data: bytes) -> None:
         """Write one small file."""
         self.add(name, lambda file: void(file.write(data)))
@@ -258,6 +282,8 @@ class Draft:
             config_digest=self.config_digest,
             world_size=self.world_size,
             files=dict(self.files),
+            value=self.value,
+            is_pinned=self.is_pinned,
         )
         data = manifest.to_bytes()
         fsops.write_new(self.directory / MANIFEST, data)
@@ -385,6 +411,25 @@ def read_manifest(directory: Path) -> Manifest:
     return parse_manifest(data)
 
 
+@dataclass(slots=True)
+class Content:
+    """The verified bytes of one file.
+
+    Attributes:
+        data: All of them, unless the file is large.
+        fd: A large file, open for reading: the inode whose bytes were verified. `close` it.
+    """
+
+    data: bytes = b""
+    fd: int | None = None
+
+    def close(self) -> None:
+        """Close the file; what was mapped from it stays."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
 def validate(
     directory: Path,
     *,
@@ -392,7 +437,7 @@ def validate(
     config_digest: str | None = None,
     starts: Iterable[tuple[int, int]] = (),
     keep: bool = False,
-) -> tuple[Manifest, dict[str, bytes]]:
+) -> tuple[Manifest, dict[str, Content]]:
     """Check every byte of a checkpoint.
 
     Args:
@@ -400,10 +445,10 @@ def validate(
         run_id: The run it must belong to.
         config_digest: Digest of the run's config.yaml, when that must agree too.
         starts: (lease_epoch, step it started from) of known attempts, for the lineage.
-        keep: Return the files' bytes as well: exactly the bytes that were checked.
+        keep: Return the files as well: exactly the bytes that were checked.
 
     Returns:
-        The manifest, and the bytes of each file (empty unless `keep`).
+        The manifest, and the content of each file (empty unless `keep`).
 
     Raises:
         CheckpointRefused: With the reason, naming the file.
@@ -420,11 +465,16 @@ def validate(
     if overtaken:
         raise CheckpointRefused(overtaken)
     _check_names(directory, manifest)
-    contents = {}
-    for name, (size, expected) in manifest.files.items():
-        data = _check_file(directory / name, size, expected, keep=keep)
-        if keep:
-            contents[name] = data
+    contents: dict[str, Content] = {}
+    try:
+        for name, (size, expected) in manifest.files.items():
+            content = _check_file(directory / name, size, expected, keep=keep)
+            if content is not None:
+                contents[name] = content
+    except BaseException:
+        for content in contents.values():
+            content.close()
+        raise
     return manifest, contents
 
 
@@ -467,11 +517,12 @@ def _check_names(directory: Path, manifest: Manifest) -> None:
         raise CheckpointRefused(f"{extra[0]!r} does not belong to it")
 
 
-def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> bytes:
+def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> Content | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
+    content = Content(fd=fd)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -480,30 +531,30 @@ def _check_file(path: Path, size: int, expected: str, *, keep: bool) -> bytes:
             raise CheckpointRefused(
                 f"{path.name} has {status.st_size} bytes instead of {size}", why="a torn write?"
             )
-        with open(fd, "rb", buffering=0, closefd=False) as file:
-            data, found = _read_and_digest(file, size, keep=keep)
+        is_large = size >= images.MAPPED_FROM_BYTES
+        data = b"" if is_large else _read_all(fd, size)
+        found = images.digest_of(fd, size) if is_large else digest(data)
+        if found != expected:
+            raise CheckpointRefused(
+                f"{path.name} has the wrong digest", why="damaged on disk or a torn write"
+            )
+        if keep and is_large:
+            content, kept_content = Content(), content
+            return kept_content
+        return Content(data) if keep else None
     except OSError as error:
         raise CheckpointRefused(f"{path.name} cannot be read", why=error.strerror or str(error)) from error
     finally:
-        os.close(fd)
-    if found != expected:
-        raise CheckpointRefused(f"{path.name} has the wrong digest", why="damaged on disk or a torn write")
-    return data
+        content.close()
 
 
-def _read_and_digest(file: Any, size: int, *, keep: bool) -> tuple[bytes, str]:
-    hasher = blake3()
-    kept = bytearray(size if keep else 0)
-    buffer = memoryview(kept) if keep else memoryview(bytearray(min(size, _CHUNK_BYTES) or 1))
-    done = 0
-    while done < size:
-        part = buffer[done : done + _CHUNK_BYTES] if keep else buffer[: size - done]
-        count = file.readinto(part)
-        if not count:
-            break
-        hasher.update(part[:count])
-        done += count
-    return bytes(kept) if keep else b"", hasher.hexdigest()
+def _read_all(fd: int, size: int) -> bytes:
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        data = bytearray(size)
+        view, done = memoryview(data), 0
+        while done < size and (count := file.readinto(view[done:])):
+            done += count
+    return bytes(data[:done])
 
 
 def known_starts(root: Path) -> set[tuple[int, int]]:
@@ -580,11 +631,11 @@ def prune(
     root: Path,
     *,
     run_id: str,
-    keep_last: int,
-    known_good: set[int],
+    rules: Keep,
+    known_good: dict[int, Kept],
     starts: Iterable[tuple[int, int]] = (),
 ) -> list[int]:
-    """Keep the newest `keep_last` valid checkpoints; trash older ones.
+    """Trash the checkpoints that no rule keeps.
 
     Only valid checkpoints of the current lineage count; each is verified once and remembered
     in `known_good`. Everything newer than the checkpoint this attempt resumed from is its own
@@ -593,29 +644,40 @@ def prune(
     Returns:
         The steps that were removed.
     """
-    kept = 0
-    doomed = []
-    for step, directory in steps_on_disk(root):
-        if kept < keep_last:
-            kept += _counts(step, directory, run_id=run_id, known_good=known_good, starts=starts)
-        else:
-            doomed.append((step, directory))
-    for _, directory in doomed:
-        _move_into(directory, root / TRASH)
+    there = steps_on_disk(root)
+    if len(there) <= rules.last:
+        return []
+    good: list[Kept] = []
+    for step, directory in there:
+        # What the newest few are worth is proven byte by byte; of the others the manifest will do.
+        is_needed = len(good) < rules.last
+        if step not in known_good and (found := _look(directory, run_id, starts, whole=is_needed)):
+            known_good[step] = found
+        if step in known_good:
+            good.append(known_good[step])
+    doomed = retention.doomed([step for step, _ in there], good, rules)
+    for step, directory in there:
+        if step in doomed:
+            _move_into(directory, root / TRASH)
+            known_good.pop(step, None)
     empty_trash(root)
-    return [step for step, _ in doomed]
+    return sorted(doomed, reverse=True)
 
 
-def _counts(
-    step: int, directory: Path, *, run_id: str, known_good: set[int], starts: Iterable[tuple[int, int]]
-) -> bool:
-    if step not in known_good:
-        try:
-            validate(directory, run_id=run_id, starts=starts)
-        except CheckpointRefused:
-            return False
-        known_good.add(step)
-    return True
+def _look(directory: Path, run_id: str, starts: Iterable[tuple[int, int]], *, whole: bool) -> Kept | None:
+    try:
+        if whole:
+            manifest, _ = validate(directory, run_id=run_id, starts=starts)
+        else:
+            manifest = read_manifest(directory)
+    except CheckpointRefused:
+        return None
+    return kept(manifest)
+
+
+def kept(manifest: Manifest) -> Kept:
+    """What the rules of keeping look at."""
+    return Kept(manifest.step, manifest.value, manifest.is_pinned)
 
 
 def empty_trash(root: Path) -> None:

@@ -42,6 +42,10 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
 
 
+FAILURES = frozenset({Outcome.TIMEOUT, Outcome.LOST, Outcome.CRASHED, Outcome.OOM, Outcome.FENCED})
+"""Ends of an attempt that cost what was trained since the last checkpoint."""
+
+
 class Event(StrEnum):
     """What moves a run from one state to another."""
 

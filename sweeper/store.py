@@ -30,7 +30,9 @@ from sweeper.database import (
 from sweeper.errors import Fenced, NotFound, StorageError, SweeperError
 from sweeper.records import Claim, Ending, Lease, NewSweep, ProcessId, Proposal, Run, Suspect, Sweep
 from sweeper.recovery import MAX_BACK_OFF_S
-from sweeper.states import INCOMPLETE, SETTLES, Event, Outcome, State, source, target
+from sweeper.states import FAILURES, INCOMPLETE, SETTLES, Event, Outcome, State, source, target
+
+ASSUMED_S = 3600.0
 
 
 class Store:
@@ -358,6 +360,23 @@ class Store:
                 "UPDATE sweeper_attempt SET checkpoint_step=:step WHERE run_id=:r AND lease_epoch=:e",
                 step=step, r=lease.run_id, e=lease.lease_epoch,
             )  # fmt: skip
+
+    def mean_time_between_failures_s(self, sweep_id: int) -> float:
+        """Seconds an attempt of this sweep runs between two failures, as observed so far.
+
+        One failure in an hour is assumed beside what was seen. Preemptions lose nothing, and count
+        for nothing.
+        """
+        failures = ", ".join(f"'{outcome}'" for outcome in sorted(FAILURES))
+        with self._reading() as connection:
+            seconds, count = execute(
+                connection,
+                "SELECT COALESCE(sum(COALESCE(a.ended_at, :now) - a.started_at), 0), "
+                f"COALESCE(sum(CASE WHEN a.outcome IN ({failures}) THEN 1 ELSE 0 END), 0) "
+                "FROM sweeper_attempt a JOIN sweeper_run r ON r.run_id=a.run_id WHERE r.sweep_id=:s",
+                now=clock.wall_s(), s=sweep_id,
+            ).one()  # fmt: skip
+        return (ASSUMED_S + max(0.0, float(seconds))) / (1 + int(count))
 
     def starts(self, run_id: str) -> list[tuple[int, int]]:
         """(lease_epoch, start step) of every attempt that said where it started: the lineage."""

@@ -53,6 +53,7 @@ class Attempt:
     """What the supervisor knows of the trainer while it runs."""
 
     channel: Channel
+    saver: Channel
     spec: Spec
     log_path: Path
     trainer: ProcessId | None = None
@@ -62,6 +63,7 @@ class Attempt:
     kill_reason: Ending | None = None
     exit_status: int | None = None
     on_start: Callable[[], None] = lambda: None
+    has_saver: bool = False
 
 
 class Supervisor:
@@ -103,10 +105,10 @@ class Supervisor:
         oom_before = oom_kills()
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            channel = self._server.spawn(spec, log_fd)
+            channel, saver = self._server.spawn(spec, log_fd)
         finally:
             os.close(log_fd)
-        attempt = Attempt(channel, spec, log_path, step=run.global_step, on_start=on_start)
+        attempt = Attempt(channel, saver, spec, log_path, step=run.global_step, on_start=on_start)
         try:
             self._loop(run, lease, attempt)
         finally:
@@ -122,6 +124,7 @@ class Supervisor:
         stop_at_s: float | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(attempt.channel, selectors.EVENT_READ)
+            selector.register(attempt.saver, selectors.EVENT_READ)
             for fd in self._wake_fds:
                 selector.register(fd, selectors.EVENT_READ)
             selector.register(self._server, selectors.EVENT_READ, DEATH)
@@ -129,8 +132,11 @@ class Supervisor:
                 ready = selector.select(timeout=max(0.0, min(next_beat_s - clock.awake_s(), 0.5)))
                 is_dead = any(key.data == DEATH for key, _ in ready)
                 for key, _ in ready:
-                    if key.fileobj is not attempt.channel:
-                        selector.unregister(key.fileobj)  # it woke us once; stop_reason() knows why
+                    if key.fileobj is attempt.channel or (
+                        key.fileobj is attempt.saver and not attempt.saver.is_closed
+                    ):
+                        continue
+                    selector.unregister(key.fileobj)  # it woke us once; stop_reason() knows why
                 now = clock.awake_s()
                 if now >= next_beat_s:
                     renewed_boot_s = self._beat(lease, attempt, renewed_boot_s)
@@ -142,9 +148,10 @@ class Supervisor:
                 stop_at_s = self._check_times(attempt, started, stop_at_s)
 
     def _listen(self, run: Run, lease: Lease, attempt: Attempt) -> None:
-        for message in attempt.channel.receive():
-            if attempt.kill_reason is None:
-                self._hear(message, run, lease, attempt)
+        for channel in (attempt.channel, attempt.saver):
+            for message in [] if channel.is_closed else channel.receive():
+                if attempt.kill_reason is None:
+                    self._hear(message, channel, run, lease, attempt)
 
     def _is_over(self, attempt: Attempt) -> bool:
         return attempt.channel.is_closed or attempt.kill_reason is not None
@@ -163,7 +170,8 @@ class Supervisor:
                 )
         else:
             renewed_boot_s = before
-            self._tell(attempt, "deadline", at=before + self._times.fence_s)
+            for channel in (attempt.channel, attempt.saver)[: 1 + attempt.has_saver]:
+                self._tell(channel, "deadline", at=before + self._times.fence_s)
         return renewed_boot_s
 
     def _check_times(self, attempt: Attempt, started: float, stop_at_s: float | None) -> float | None:
@@ -180,7 +188,7 @@ class Supervisor:
             )
         reason = self._stop_reason()
         if reason and stop_at_s is None:
-            self._tell(attempt, "stop", reason=reason)
+            self._tell(attempt.channel, "stop", reason=reason)
             return now + self._times.grace_s
         if stop_at_s is not None and now > stop_at_s:
             attempt.kill_reason = Ending(
@@ -188,13 +196,13 @@ class Supervisor:
             )
         return stop_at_s
 
-    def _tell(self, attempt: Attempt, kind: str, **data: Any) -> None:
+    def _tell(self, channel: Channel, kind: str, **data: Any) -> None:
         with contextlib.suppress(ChannelClosed):
-            attempt.channel.send(kind, **data)
+            channel.send(kind, **data)
 
     # --- what the trainer says -------------------------------------------------------------
 
-    def _hear(self, message: Message, run: Run, lease: Lease, attempt: Attempt) -> None:
+    def _hear(self, message: Message, channel: Channel, run: Run, lease: Lease, attempt: Attempt) -> None:
         attempt.heard_at_s = clock.awake_s()
         kind = message["kind"]
         if kind == "hello":
@@ -208,7 +216,9 @@ class Supervisor:
         elif kind == "complaint":
             self._log(f"[CHECKPOINT] {run.run_id}: {message['text']}")
         elif kind in ("started", "resumed", "lease", "committed", "report"):
-            self._answer(message, run, lease, attempt)
+            self._answer(message, channel, run, lease, attempt)
+        elif kind == "saver":  # it listens: before, what it is told would only fill its socket
+            attempt.has_saver = True
         else:
             attempt.said = message
 
@@ -219,14 +229,14 @@ class Supervisor:
         except Fenced as error:
             attempt.kill_reason = Ending(Outcome.FENCED, str(error))
 
-    def _answer(self, message: Message, run: Run, lease: Lease, attempt: Attempt) -> None:
+    def _answer(self, message: Message, channel: Channel, run: Run, lease: Lease, attempt: Attempt) -> None:
         """Answer a question of the trainer; the lease is looked at in the database each time."""
         try:
             answer = self._act(message, run, lease, attempt)
         except Fenced as error:
             attempt.kill_reason = Ending(Outcome.FENCED, str(error))
             answer = {"fenced": str(error)}
-        self._tell(attempt, "answer", **answer)
+        self._tell(channel, "answer", **answer)
 
     def _act(self, message: Message, run: Run, lease: Lease, attempt: Attempt) -> Message:
         kind = message["kind"]
@@ -269,18 +279,20 @@ class Supervisor:
             tag = in_attempt(attempt.spec.run_dir, attempt.spec.lease_epoch)
             processes.kill_leftovers([attempt.trainer] if attempt.trainer else [], attempt_tag=tag)
         attempt.channel.close()
+        attempt.saver.close()
 
     def _ending(self, attempt: Attempt, *, was_oom_killed: bool) -> Ending:
         if attempt.kill_reason is not None:
             return attempt.kill_reason
         if attempt.said is not None:
-            return _told_ending(attempt.said)
+            printed = "" if attempt.said.get("detail", "-") else last_lines(attempt.log_path)
+            return _told_ending(attempt.said, was_oom_killed=was_oom_killed, printed=printed)
         return silent_ending(
             attempt.exit_status, was_oom_killed=was_oom_killed, detail=last_lines(attempt.log_path)
         )
 
 
-def _told_ending(said: Message) -> Ending:
+def _told_ending(said: Message, *, was_oom_killed: bool = False, printed: str = "") -> Ending:
     kind, reason = said["kind"], said.get("reason", "")
     if kind == "result":
         return Ending(Outcome.COMPLETED, value=said["value"])
@@ -298,9 +310,9 @@ def _told_ending(said: Message) -> Ending:
         return Ending(Outcome.PREEMPTED, reason, is_config=True)
     if said["is_disk_fault"]:
         return Ending(Outcome.LOST, reason, detail=said["detail"], is_disk_fault=True)
-    if said["is_lost"]:
-        return Ending(Outcome.LOST, reason, detail=said["detail"])
-    return Ending(Outcome.OOM if said["is_oom"] else Outcome.CRASHED, reason, detail=said["detail"])
+    is_oom = said["is_oom"] or (said["is_lost"] and was_oom_killed)  # it was no trainer that was killed
+    outcome = Outcome.OOM if is_oom else Outcome.LOST if said["is_lost"] else Outcome.CRASHED
+    return Ending(outcome, reason, detail=said["detail"] or printed)
 
 
 def silent_ending(status: int | None, *, was_oom_killed: bool, detail: str) -> Ending:

@@ -6,6 +6,7 @@ Torch-free, and the only process that talks to the database while training goes 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -297,12 +298,14 @@ class Worker:
         self, run: Run, lease: Lease, run_dir: Path, identity: Identity, config: dict[str, Any]
     ) -> Spec:
         sweep = self._sweep
+        is_auto = config["checkpoint"].get("interval") == "auto"
+        mtbf_s = self._store.mean_time_between_failures_s(sweep.sweep_id) if is_auto else math.inf
         return Spec(
             run_dir=str(run_dir.resolve()), run_id=run.run_id, sweep=sweep.name, trial=run.trial, params=run.params,
             seed=run.seed, threads=run.threads, attempt=run.attempts, lease_epoch=lease.lease_epoch,
             config_digest=identity.config_digest, deadline_s=clock.boot_s() + self._times.fence_s,
             metric=sweep.metric, direction=sweep.direction, has_pruner=_has_pruner(sweep.config["pruner"]),
-            was_committed=run.checkpoint_step is not None,
+            was_committed=run.checkpoint_step is not None, mtbf_s=mtbf_s,
             starts=[list(pair) for pair in self._store.starts(run.run_id)], checkpoint=config["checkpoint"],
         )  # fmt: skip
 

@@ -66,6 +66,7 @@ def read(cfg: DictConfig, *, command: Sequence[str] = ()) -> Settings:
     sweep["params"] = sweep["params"] or {}
     check_values(config)
     check_trainer(str(config["trainer"]["_target_"]))
+    check_command(cfg)
     check_storage(str(storage["url"]))
     config["space"] = space_of(sweep["params"])
     for key in config["space"]:
@@ -199,6 +200,25 @@ def check_values(config: dict[str, Any]) -> None:
             value,
             "Use a positive number, or null.",
         )
+    checkpoint = config["checkpoint"]
+    _need(
+        checkpoint["interval"] in (None, "auto"),
+        "checkpoint.interval",
+        checkpoint["interval"],
+        "Use auto or null.",
+    )
+    for key in ("at_epoch_end", "async_save"):
+        _need(isinstance(checkpoint[key], bool), f"checkpoint.{key}", checkpoint[key], "Use true or false.")
+    for key in ("keep_best", "keep_every_n_steps"):
+        value = checkpoint[key]
+        _need(type(value) is int and value >= 0, f"checkpoint.{key}", value, "Use a number, 0 for none.")
+    weights = checkpoint["export_weights"]
+    _need(
+        weights is None or (isinstance(weights, str) and weights.endswith((".pth", ".pt"))),
+        "checkpoint.export_weights",
+        weights,
+        "Use a path such as out/{stage}.pth, or null.",
+    )
     for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
         _need(isinstance(value, int) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
     known = {"heartbeat_s", "ttl_s", "progress_s", "grace_s"}
@@ -279,6 +299,18 @@ def check_trainer(target: str) -> None:
         why=why if spec is None else f"{source} has no {name}",
         do="Name an importable function def train(cfg, run) -> float.",
     )
+
+
+def check_command(cfg: DictConfig) -> None:
+    """Refuse a program that is not there, or settings of it that could only fail later. Raises ConfigError."""
+    from sweeper.command.settings import TARGET, Command
+
+    if cfg.trainer.get("_target_") == TARGET:
+        trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
+        assert isinstance(trainer, dict)
+        command = Command.from_config({str(key): value for key, value in trainer.items()})
+        given = {name: value for name, value in command.env.items() if value is not None}
+        command.program({**os.environ, **given})
 
 
 def check_storage(url: str) -> None:

@@ -11,23 +11,31 @@ import torch
 from torch.utils.data import DataLoader
 
 from sweeper import checkpoints, clock
+from sweeper.checkpoints import Manifest
 from sweeper.errors import CheckpointRefused
+from sweeper.torch.cadence import Cadence
 from sweeper.torch.order import OrderedLoader
+from sweeper.torch.saves import Saves
 from sweeper.torch.state import (
     check_architecture,
     check_restorable,
-    load_bytes,
+    gradients,
+    load,
     rng_state,
-    saves,
+    set_gradients,
     set_rng_state,
 )
+from sweeper.trainer.commits import Plan
 from sweeper.trainer.run import NoValidCheckpoint, Run
+from sweeper.trainer.saver import Done
 
 MODEL_FILE = "model.pth"
 OPTIMIZER_FILE = "optimizer.pt"
 RNG_FILE = "rng_state.pt"
+GRADIENTS_FILE = "gradients.pt"
 STATE_FILE = "state.json"
 STAGE = "train"
+STATE_VERSION = 1
 
 
 def resumable(run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **parts: Any) -> Loop:
@@ -59,7 +67,9 @@ class Loop:
         step: Optimizer updates so far, the one in progress included; never reset.
         epoch: The current pass over the data, from 0.
         step_in_epoch: Batches of this epoch, the one in progress included.
-        total_steps: Where the loop ends; 0 before `batches`.
+        total_steps: Where the loop ends; 0 before `batches`, and when the data has no length.
+        is_update: Whether the batch in progress completes an optimizer update: always, unless
+            `batches(accumulate=…)` says otherwise.
         best_value: Best reported value of the sweep's metric so far.
     """
 
@@ -67,6 +77,7 @@ class Loop:
         self, run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], parts: Mapping[str, Any]
     ) -> None:
         self.step = self.epoch = self.step_in_epoch = self.total_steps = 0
+        self.is_update = True
         self.best_value: float | None = None
         self._run = run
         self._model = model
@@ -74,51 +85,60 @@ class Loop:
         self._loader = OrderedLoader(loader, seed=run.seed)
         self._rng: dict[str, Any] | None = None
         self._last_report: tuple[int, float] | None = None
-        self._saved_step = 0
-        self._saved_at_s = clock.awake_s()
+        self._num_accumulated = 0  # batches whose gradients the next update will use
         self._row: dict[str, Any] = {}
         self._is_replaying = False  # between a restore and the first batch: reported already
-        self._is_asked_to_save = False
-        self._has_saved = False
-        self._every_steps = run.spec.checkpoint.get("every_n_steps")
-        self._every_s = run.spec.checkpoint.get("every_s")
+        self._cadence = Cadence.of(run.spec.checkpoint, mtbf_s=run.spec.mtbf_s)
+        self._saves = Saves(run, is_beside=bool(run.spec.checkpoint.get("async_save", True)))
+        self._saved = (0, 0)  # step and batches accumulated of the last save that was begun
+        self._saved_at_s = clock.awake_s()
+        self._is_asked_to_save = self._is_asked_to_pin = self._has_saved = False
 
     # --- the user's side -------------------------------------------------------------------
 
     @property
     def is_epoch_end(self) -> bool:
         """Whether the batch in progress is the last of its epoch."""
-        return self.step_in_epoch == len(self._loader) or self.step == self.total_steps
+        return self.step_in_epoch == self._loader.num_batches or self._is_last_step
 
-    def batches(self, *, epochs: int, max_steps: int | None = None) -> Iterator[Any]:
+    def batches(self, *, epochs: int, max_steps: int | None = None, accumulate: int = 1) -> Iterator[Any]:
         """Yield batches from the exact position; between two of them lies the step boundary.
 
         Args:
             epochs: Passes over the data.
             max_steps: Stop after so many optimizer updates, if that is sooner.
+            accumulate: Batches an optimizer update; `is_update` says when to make it. The last
+                update of an epoch may have fewer.
 
         Raises:
             Preempted: The worker asked to stop; everything is checkpointed.
             TrialPruned: The pruner stopped the trial.
         """
-        whole = epochs * len(self._loader)
-        self.total_steps = whole if max_steps is None else min(whole, max_steps)
-        self._run.start(step=self.step, total_steps=self.total_steps)
-        self._run.progress(self.step, total_steps=self.total_steps)
+        self.total_steps = self._loader.num_updates(accumulate) * epochs
+        if max_steps is not None:
+            self.total_steps = min(self.total_steps or max_steps, max_steps)
+        self._run.start(step=self.step, total_steps=self.total_steps or None)
+        self._run.progress(self.step, total_steps=self.total_steps or None)
         self._is_replaying = False
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
             if self._last_report is not None:
                 self._run.judge(*self._last_report)
-        while self.step < self.total_steps:
-            for batch in self._loader.epoch(self.epoch, first_batch=self.step_in_epoch):
-                self.step += 1
+        while self.epoch < epochs and not self._is_done:
+            epoch = self.epoch
+            for batch in self._loader.epoch(epoch, first_batch=self.step_in_epoch):
                 self.step_in_epoch += 1
+                self._num_accumulated += 1
+                is_last = self.step_in_epoch == self._loader.num_batches
+                self.is_update = self._num_accumulated == accumulate or is_last
+                self.step += self.is_update
                 yield batch
                 self._boundary()
-                if self.step == self.total_steps:
+                if self._is_done:
                     return
+            if self.epoch == epoch:  # the data had no length to know its end by
+                self.epoch, self.step_in_epoch = epoch + 1, 0
 
     def report(self, **metrics: Any) -> None:
         """Log numbers of this step: metrics log, W&B, TensorBoard, and the pruner.
@@ -131,12 +151,17 @@ class Loop:
         self._row.update({name: _number(value) for name, value in metrics.items()})
         if self._run.spec.metric in metrics:
             self._note_best(float(self._row[self._run.spec.metric]))
-        if self.step == self._saved_step:  # outside the loop there is no boundary to come
+        if (self.step, self._num_accumulated) == self._saved:  # outside the loop no boundary comes
             self._flush_row()
 
-    def save(self) -> None:
-        """Ask for a checkpoint at the boundary of this step, whatever the cadence says."""
+    def save(self, *, pin: bool = False) -> None:
+        """Ask for a checkpoint at the boundary of this step, whatever the cadence says.
+
+        Args:
+            pin: It is never removed.
+        """
         self._is_asked_to_save = True
+        self._is_asked_to_pin |= pin
 
     def _note_best(self, value: float) -> None:
         if value != value:
@@ -146,81 +171,133 @@ class Loop:
 
     # --- the step boundary -----------------------------------------------------------------
 
-    def _boundary(self) -> None:
-        row_epoch = self.epoch
-        if self.step_in_epoch == len(self._loader):
-            self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self._flush_row(epoch=row_epoch)
-        self._run.progress(self.step)
-        reason = self._run.stop_reason
-        if reason or self._is_due():
-            self._save()
-        if reason:
-            raise self._run.preempted(reason)
+    @property
+    def _is_last_step(self) -> bool:
+        return self.step == self.total_steps and self.is_update and self.step > 0
 
-    def _is_due(self) -> bool:
-        if self.step == self.total_steps or self._is_asked_to_save:
-            return True
-        if self._every_steps and self.step - self._saved_step >= self._every_steps:
-            return True
-        return self._every_s is not None and clock.awake_s() - self._saved_at_s >= self._every_s
+    @property
+    def _is_done(self) -> bool:
+        return bool(self.total_steps) and self.step >= self.total_steps and self._num_accumulated == 0
+
+    def _boundary(self) -> None:
+        if self.is_update:
+            self._num_accumulated = 0
+        row_epoch, is_epoch_end = self.epoch, self.is_epoch_end
+        if self.step_in_epoch == self._loader.num_batches:
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        if self.is_update:
+            self._flush_row(epoch=row_epoch)
+        self._run.progress(self.step)
+        self._settle_save(self._saves.poll())
+        reason = self._run.stop_reason
+        if reason:
+            self._save(wait=True)
+            raise self._run.preempted(reason)
+        if self._is_last_step:
+            self._save(wait=True, is_last=True)
+        elif self.is_update and not self._saves.is_busy and self._is_due(is_epoch_end=is_epoch_end):
+            self._save()
+
+    def _is_due(self, *, is_epoch_end: bool) -> bool:
+        self._is_asked_to_save |= self._cadence.is_due(
+            steps=self.step - self._saved[0],
+            seconds=clock.awake_s() - self._saved_at_s,
+            is_epoch_end=is_epoch_end,
+            blocked_s=self._saves.blocked_s,
+            took_s=self._saves.took_s,
+        )
+        return self._is_asked_to_save
 
     def _flush_row(self, *, epoch: int | None = None) -> None:
         row, self._row = self._row, {}
         if row:
             self._run.log(self.step, {"epoch": self.epoch if epoch is None else epoch, **row})
 
-    # --- saving and restoring --------------------------------------------------------------
+    # --- saving ----------------------------------------------------------------------------
 
-    def _save(self, *, is_last: bool = False) -> None:
-        """Commit a checkpoint of this step, unless it is there already.
+    def _save(self, *, wait: bool = False, is_last: bool = False) -> None:
+        """Save this step, unless that was begun already; with `wait`, until it is committed.
 
         Raises:
             Fenced: The run belongs to somebody else.
             ConfigError: What was passed to `resumable` could never be restored.
             OSError: The disk refused and this was the last step; earlier ones are tried again.
+            SaverLost: The saver was killed.
         """
-        self._is_asked_to_save = False
-        if self.step == self._saved_step:
+        if wait:
+            self._settle_save(self._saves.wait(), is_last=is_last and self._saved == self._position)
+        if self._position != self._saved:
+            try:
+                offset = self._run.settle_metrics()
+                plan, files = self._plan(), self._files(offset)
+                has_begun = self._saves.begin(plan, files, wait=wait)
+            except OSError as error:
+                self._complain(error, is_last=is_last or self._is_last_step)
+                return
+            if not has_begun:
+                return  # room is being made; still due at the next step
+            self._saved, self._saved_at_s = self._position, clock.awake_s()
+            self._is_asked_to_save = self._is_asked_to_pin = False
+            self._settle_save(self._saves.wait() if wait else self._saves.poll(), is_last=is_last)
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.step, self._num_accumulated
+
+    def _settle_save(self, done: Done | None, *, is_last: bool = False) -> None:
+        """Take note of a save that has ended. Raises what it raised, unless it may be tried again."""
+        if done is None or done.error is None:
             return
-        try:
-            self._commit()
-        except OSError as error:
-            if is_last or self.step == self.total_steps:
-                raise
-            text = f"checkpoint of step {self.step} could not be saved: {error}; the older one stands"
-            print(f"[CHECKPOINT] {text}", flush=True)
-            self._run.complain(text)
-        else:
-            self._saved_step = self.step
+        if not isinstance(done.error, OSError):
+            raise done.error
+        self._run.metrics.distrust()
+        self._saved = (0, 0) if self._saved[0] == done.step else self._saved
+        self._complain(done.error, is_last=is_last or self._is_last_step, step=done.step)
+
+    def _complain(self, error: OSError, *, is_last: bool, step: int | None = None) -> None:
+        if is_last:
+            raise error
+        at = self.step if step is None else step
+        text = f"checkpoint of step {at} could not be saved: {error}; the older one stands"
+        print(f"[CHECKPOINT] {text}", flush=True)
+        self._run.complain(text)
         self._saved_at_s = clock.awake_s()
+        self._is_asked_to_save = False
 
     def _save_last(self) -> None:
         """The last step of a run is always checkpointed: also after `break`, or when pruned."""
         self._flush_row()
-        self._save(is_last=True)
+        self._save(wait=True, is_last=True)
+        self._saves.close()
 
-    def _commit(self) -> None:
-        run = self._run
-        offset = run.sync_metrics()
-        draft = run.draft(self.step)
-        try:
-            draft.add(MODEL_FILE, saves(self._model.state_dict()))
-            draft.add(OPTIMIZER_FILE, saves({name: part.state_dict() for name, part in self._parts.items()}))
-            draft.add(RNG_FILE, saves(rng_state()))
-            draft.add_bytes(STATE_FILE, json.dumps(self._counters(offset), indent=2, sort_keys=True).encode())
-            if not self._has_saved:
-                check_restorable(draft.directory, (MODEL_FILE, OPTIMIZER_FILE))
-            run.metrics.ensure_in_place()
-            run.commit(draft)
+    def _plan(self) -> Plan:
+        settings, value = self._run.spec.checkpoint, self._run.last_value
+        pattern = settings.get("export_weights")
+        exports = {} if not pattern else {MODEL_FILE: self._run.export_path(str(pattern), stage=STAGE)}
+        finite = value if value is not None and abs(value) < float("inf") else None
+        return self._run.plan(self.step, value=finite, is_pinned=self._is_asked_to_pin, exports=exports)
+
+    def _files(self, metrics_offset: int) -> dict[str, Any]:
+        model, parts = (
+            self._model.state_dict(),
+            {name: part.state_dict() for name, part in self._parts.items()},
+        )
+        if not self._has_saved:
+            check_restorable({MODEL_FILE: model, OPTIMIZER_FILE: parts})
             self._has_saved = True
-        except OSError:
-            draft.discard()
-            raise
+        files: dict[str, Any] = {MODEL_FILE: model, OPTIMIZER_FILE: parts, RNG_FILE: rng_state()}
+        if self._num_accumulated:
+            files[GRADIENTS_FILE] = gradients(self._modules())
+        counters = json.dumps(self._counters(metrics_offset), indent=2, sort_keys=True)
+        return {**files, STATE_FILE: counters.encode()}
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        parts = {name: part for name, part in self._parts.items() if isinstance(part, torch.nn.Module)}
+        return {"model": self._model, **parts}
 
     def _counters(self, metrics_offset: int) -> dict[str, Any]:
-        return {
-            "schema_version": 1,
+        counters = {
+            "schema_version": STATE_VERSION,
             "stage": STAGE,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -230,64 +307,87 @@ class Loop:
             "args": _plain(self._run.config),
             "metadata": {
                 "torch": torch.__version__,
-                "batches_per_epoch": len(self._loader),
+                "batches_per_epoch": self._loader.num_batches,
                 "last_report": self._run.last_report,
             },
         }
+        if self._num_accumulated:
+            counters["accumulated"] = {"batches": self._num_accumulated, "row": self._row}
+        if data := self._loader.state_dict():
+            counters["data"] = data
+        return counters
+
+    # --- restoring -------------------------------------------------------------------------
 
     def _restore(self) -> None:
         run = self._run
         refused: list[Path] = []
         for directory in run.candidates():
             try:
-                self._load(directory)
+                manifest = self._load(directory)
             except CheckpointRefused as error:
                 refused.append(directory)
                 run.refuse(checkpoints.step_of(directory), str(error))
                 continue
-            run.resumed(self.step, refused=refused)
+            run.resumed(manifest, refused=refused)
             self._is_replaying = True
             return
         if run.was_ever_committed():
             raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)")
 
-    def _load(self, directory: Path) -> None:
+    def _load(self, directory: Path) -> Manifest:
         """Verify, unpickle and check everything before the first object is changed."""
         manifest, contents = self._run.read(directory)
         try:
-            state = json.loads(contents[STATE_FILE])
-            model, parts, rng = (
-                load_bytes(name, contents[name]) for name in (MODEL_FILE, OPTIMIZER_FILE, RNG_FILE)
-            )
+            state = json.loads(contents[STATE_FILE].data)
+            loaded = {name: load(name, contents[name]) for name in contents if name != STATE_FILE}
+            model, parts = loaded[MODEL_FILE], loaded[OPTIMIZER_FILE]
             self._check(state, model, parts)
             if manifest.config_digest != self._run.spec.config_digest:
                 raise CheckpointRefused("it was made with another config.yaml")
+            self._loader.check(state.get("data"))
             for name, part in self._parts.items():  # the model last: it has been checked, it will fit
                 part.load_state_dict(parts[name])
             self._model.load_state_dict(model)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            if GRADIENTS_FILE in loaded:
+                set_gradients(self._modules(), loaded[GRADIENTS_FILE])
+        except (KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise CheckpointRefused(
                 "it does not fit this training", why=f"{type(error).__name__}: {error}"
             ) from error
-        self.step = self._saved_step = manifest.step
+        finally:
+            for content in contents.values():
+                content.close()
+        self._take_counters(state)
+        self._rng = loaded[RNG_FILE]
+        self._run.open_metrics(state["metrics_offset"])
+        return manifest
+
+    def _take_counters(self, state: Mapping[str, Any]) -> None:
+        self.step = state["global_step"]
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        accumulated = state.get("accumulated", {"batches": 0, "row": {}})
+        self._num_accumulated, self._row = accumulated["batches"], dict(accumulated["row"])
+        self._saved = self._position
         self.best_value = state["best_loss"]
-        self._rng = rng
+        self._loader.load_state_dict(state.get("data"))
         step_and_value = state["metadata"].get("last_report")
         self._last_report = (
             None if step_and_value is None else (int(step_and_value[0]), float(step_and_value[1]))
         )
-        self._run.open_metrics(state["metrics_offset"])
 
     def _check(self, state: dict[str, Any], model: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         if difference := _difference(state["args"], _plain(self._run.config)):
             raise CheckpointRefused(difference)
+        made_with, here = state["metadata"]["torch"], torch.__version__
+        if made_with.partition(".")[0] != here.partition(".")[0]:
+            raise CheckpointRefused(f"it was made with torch {made_with}, this is torch {here}")
         check_architecture(model, self._model)
         if set(parts) != set(self._parts):
             raise CheckpointRefused(f"it holds {sorted(parts)}, this training has {sorted(self._parts)}")
-        if state["metadata"]["batches_per_epoch"] != len(self._loader):
+        if state["metadata"]["batches_per_epoch"] != self._loader.num_batches:
             raise CheckpointRefused(
-                f"it counts {state['metadata']['batches_per_epoch']} batches an epoch, the loader has {len(self._loader)}"
+                f"it counts {state['metadata']['batches_per_epoch']} batches an epoch, the loader has {self._loader.num_batches}"
             )
 
 

@@ -1,9 +1,18 @@
-"""Data order as a function of (seed, epoch), so that any position is reached in O(1)."""
+"""Data order as a function of (seed, epoch), so that any position is reached without a replay.
+
+- A DataLoader with `batch_size` and `shuffle`: the permutation is made here, from (seed, epoch).
+- Any other sampler or batch sampler with a length: its indices are drawn once an epoch, with all
+  generators seeded by (seed, epoch), and the rest of the list is handed out.
+- An IterableDataset with `state_dict` and `load_state_dict`: it is put back to where it was, in
+  each of the loader's processes.
+- A loader with `state_dict` and `load_state_dict` of its own (torchdata's) is asked itself.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -15,10 +24,12 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
 )
 
-from sweeper.errors import ConfigError
+from sweeper.errors import CheckpointRefused, ConfigError
+from sweeper.torch.streams import Stream
 
 
 def derived_seed(seed: int, *words: object) -> int:
@@ -27,8 +38,22 @@ def derived_seed(seed: int, *words: object) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-class EpochOrder(BatchSampler):
-    """Batches of indices of one epoch, starting at a given batch.
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch's CPU."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+class Order(Sampler[list[int]]):
+    """Batches of indices of one epoch, starting at a given batch."""
+
+    epoch = 0
+    first_batch = 0
+
+
+class EpochOrder(Order):
+    """What `batch_size` and `shuffle` mean.
 
     Args:
         size: Number of samples.
@@ -41,7 +66,6 @@ class EpochOrder(BatchSampler):
     def __init__(self, size: int, *, batch_size: int, drop_last: bool, shuffle: bool, seed: int) -> None:
         self.size, self.batch_size, self.drop_last = size, batch_size, drop_last
         self.shuffle, self.seed = shuffle, seed
-        self.epoch, self.first_batch = 0, 0
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -60,41 +84,96 @@ class EpochOrder(BatchSampler):
         return torch.randperm(self.size, generator=generator).tolist()
 
 
+class SamplerOrder(Order):
+    """What a sampler of the user's draws, made a function of (seed, epoch).
+
+    `set_epoch` is called where there is one; a `generator` of its own is seeded, and so are the
+    global ones, which get their states back.
+    """
+
+    def __init__(self, batches: Iterable[list[int]], *, seed: int) -> None:
+        self._batches, self.seed = batches, seed
+        self._samplers = [
+            batches,
+            *([inner] if (inner := getattr(batches, "sampler", None)) is not None else []),
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        seed = derived_seed(self.seed, "order", self.epoch)
+        for sampler in self._samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(self.epoch)
+            if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+                generator.manual_seed(seed)
+        with _generators_kept():
+            seed_generators(seed)
+            drawn = list(self._batches)
+        yield from drawn[self.first_batch :]
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 class SeededSamples(Dataset[Any]):
     """A data set whose every sample is drawn with generators seeded by (seed, epoch, index)."""
 
-    def __init__(self, dataset: Dataset[Any], order: EpochOrder) -> None:
-        self._dataset, self._order = dataset, order
+    def __init__(self, dataset: Dataset[Any], order: Order, seed: int) -> None:
+        self._dataset, self._order, self._seed = dataset, order, seed
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
-        seed = derived_seed(self._order.seed, "sample", self._order.epoch, index)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.manual_seed(seed)
+        seed_generators(derived_seed(self._seed, "sample", self._order.epoch, index))
         return self._dataset[index]
 
 
 class OrderedLoader:
-    """The user's DataLoader with its order replaced by an `EpochOrder`.
+    """The user's DataLoader with its order made repeatable.
 
     Its processes are started anew for each epoch. In them every sample is drawn from generators
     seeded by (seed, epoch, index), so that random augmentation does not depend on which samples
     the process had before; without processes the trainer's own generators are used, and restored.
 
+    Attributes:
+        num_batches: Batches in an epoch; None when the data has no length.
+
     Raises:
-        ConfigError: Its order cannot be repeated: an IterableDataset or a sampler of the user's.
+        ConfigError: Its order cannot be repeated.
     """
 
     def __init__(self, loader: DataLoader[Any], *, seed: int) -> None:
         self._seed = seed
         self._generator = torch.Generator()
-        self._order = _order_of(loader, seed)
-        self._loader = DataLoader(
-            SeededSamples(loader.dataset, self._order) if loader.num_workers else loader.dataset,
-            batch_sampler=self._order,
+        self._own: Any = loader if hasattr(loader, "state_dict") else None
+        self._stream: Stream | None = None
+        self._order: Order | None = None
+        self.num_batches: int | None = None
+        if self._own is not None:
+            self._loader, self.num_batches = loader, _length(loader)
+        elif isinstance(loader.dataset, IterableDataset):
+            self._stream = Stream(loader)
+            self._loader = self._stream.loader(self._generator)
+        else:
+            self._order = _order_of(loader, seed)
+            self.num_batches = len(self._order)  # type: ignore[arg-type]
+            self._loader = self._ordered(loader, self._order)
+
+    def _ordered(self, loader: DataLoader[Any], order: Order) -> DataLoader[Any]:
+        return DataLoader(
+            SeededSamples(loader.dataset, order, self._seed) if loader.num_workers else loader.dataset,
+            batch_sampler=order,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -106,35 +185,69 @@ class OrderedLoader:
             prefetch_factor=loader.prefetch_factor,
         )
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._order)
+    def num_updates(self, accumulate: int) -> int:
+        """Optimizer updates in an epoch; 0 when that is not known."""
+        return 0 if self.num_batches is None else -(-self.num_batches // accumulate)
 
     def epoch(self, epoch: int, *, first_batch: int) -> Iterator[Any]:
         """The batches of one epoch from `first_batch` on."""
-        self._order.epoch, self._order.first_batch = epoch, first_batch
         self._generator.manual_seed(derived_seed(self._seed, "workers", epoch))
+        if self._order is not None:
+            self._order.epoch, self._order.first_batch = epoch, first_batch
+            return iter(self._loader)
+        if self._stream is not None:
+            return self._stream.epoch(self._loader, is_start=first_batch == 0)
         return iter(self._loader)
 
+    # --- data that keeps its position itself -----------------------------------------------
 
-def _order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:
-    if isinstance(loader.dataset, IterableDataset):
-        raise ConfigError("an IterableDataset has no positions to return to", do="Use a map-style dataset.")
+    def state_dict(self) -> dict[str, Any]:
+        """What the position is beside epoch and batch; empty when those say it all."""
+        if self._stream is not None:
+            return {"stream": self._stream.state_dict()}
+        return {} if self._own is None else {"loader": self._own.state_dict()}
+
+    def check(self, state: Mapping[str, Any] | None) -> None:
+        """Raise CheckpointRefused when `state` is of another kind of data."""
+        kind = "stream" if self._stream is not None else "loader" if self._own is not None else None
+        if (state is None) != (kind is None) or (state is not None and kind not in state):
+            raise CheckpointRefused("it was made with another kind of data loader")
+        if self._stream is not None and state is not None:
+            self._stream.check(state["stream"])
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go to where `state_dict` was."""
+        if self._stream is not None and state is not None:
+            self._stream.load_state_dict(state["stream"])
+        elif self._own is not None and state is not None:
+            self._own.load_state_dict(state["loader"])
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _order_of(loader: DataLoader[Any], seed: int) -> Order:
     batches, sampler = loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
     is_random = (
         type(sampler) is RandomSampler
         and not sampler.replacement
         and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     )
-    if type(batches) is not BatchSampler or not (is_random or type(sampler) is SequentialSampler):
-        raise ConfigError(
-            f"the loader's sampler {type(sampler or batches).__name__} cannot be resumed exactly",
-            do="Pass a DataLoader with batch_size and shuffle; its order is then made from the run's seed.",
+    if type(batches) is BatchSampler and (is_random or type(sampler) is SequentialSampler):
+        return EpochOrder(
+            len(loader.dataset),  # type: ignore[arg-type]
+            batch_size=batches.batch_size,
+            drop_last=batches.drop_last,
+            shuffle=is_random,
+            seed=seed,
         )
-    return EpochOrder(
-        len(loader.dataset),  # type: ignore[arg-type]
-        batch_size=batches.batch_size,
-        drop_last=batches.drop_last,
-        shuffle=is_random,
-        seed=seed,
-    )
+    if batches is None or _length(batches) is None:
+        raise ConfigError(
+            f"the loader's sampler {type(sampler or loader.sampler).__name__} has no length",
+            do="Give it a __len__, or pass a DataLoader with batch_size and shuffle.",
+        )
+    return SamplerOrder(batches, seed=seed)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from sweeper.checkpoints import DigestingFile
+from sweeper.checkpoints import Content
 from sweeper.errors import CheckpointRefused, ConfigError
 
 
@@ -56,39 +55,71 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def saves(value: Any) -> Callable[[DigestingFile], None]:
-    """What writes `value` to a checkpoint's file; `torch.save` needs nothing but `write`."""
-    return lambda file: torch.save(value, cast(IO[bytes], file))
-
-
-def load_bytes(name: str, data: bytes) -> Any:
+def load(name: str, content: Content) -> Any:
     """Unpickle verified bytes; only tensors and plain values, with no way around.
 
     Raises:
         CheckpointRefused: They hold something else.
     """
+    # Large files are mapped, not copied: from the very inode that was just verified.
+    source: Any = io.BytesIO(content.data) if content.fd is None else f"/proc/self/fd/{content.fd}"
     try:
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        return torch.load(source, weights_only=True, map_location="cpu", mmap=content.fd is not None)
+    except MemoryError:
+        raise
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointRefused(f"{name} does not hold plain tensors", why=why[:300]) from error
 
 
-def check_restorable(directory: Path, names: Iterable[str]) -> None:
-    """Read a first checkpoint back before it counts.
+def check_restorable(states: Mapping[str, Any]) -> None:
+    """Read what is about to be saved for the first time back, less the tensors' numbers.
 
     Raises:
         ConfigError: A state holds what `torch.load(weights_only=True)` will never return.
     """
-    for name in names:
+    for name, state in states.items():
         try:
-            load_bytes(name, (directory / name).read_bytes())
+            buffer = io.BytesIO()
+            torch.save(_emptied(state), buffer)
+            load(name, Content(buffer.getvalue()))
         except CheckpointRefused as error:
             raise ConfigError(
                 "what was passed to resumable() could never be restored",
                 why=str(error),
                 do="A state_dict may hold tensors, numbers, texts, lists and dicts; convert NumPy values with .item() or torch.from_numpy.",
             ) from error
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty(0, dtype=value.dtype)
+    if isinstance(value, dict):
+        return type(value)((key, _emptied(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_emptied(item) for item in value)
+    return value
+
+
+def gradients(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """The gradients that were accumulated for an update still to come."""
+    return {
+        f"{name}.{parameter}": value.grad
+        for name, module in modules.items()
+        for parameter, value in module.named_parameters()
+        if value.grad is not None
+    }
+
+
+def set_gradients(modules: Mapping[str, torch.nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
+    """Put gradients back. Raises CheckpointRefused when one has no parameter."""
+    left = dict(saved)
+    for name, module in modules.items():
+        for parameter, value in module.named_parameters():
+            gradient = left.pop(f"{name}.{parameter}", None)
+            value.grad = None if gradient is None else gradient.to(value.device).clone()
+    if left:
+        raise CheckpointRefused(f"it holds a gradient of {next(iter(left))}, the model has no such parameter")
 
 
 def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module) -> None:

@@ -100,6 +100,26 @@ class MetricsLog:
             raise
         self._size_bytes += len(data)
 
+    @property
+    def fd(self) -> int:
+        """The open file, for whoever makes it durable before a commit; it may change."""
+        return self._fd
+
+    def distrust(self) -> None:
+        """Somebody's fsync of this file may have failed: its rows are put into a new file when next used."""
+        self._is_suspect = True
+
+    def settle(self) -> int:
+        """Have the rows in a sound file at the path, and return its length in bytes, not yet durable.
+
+        Raises: As `ensure_in_place`.
+        """
+        if self._is_suspect:
+            self._put_back()
+        else:
+            self.ensure_in_place()
+        return self._size_bytes
+
     def sync(self) -> int:
         """Make all rows durable and return the log's length in bytes, for the checkpoint.
 

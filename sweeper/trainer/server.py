@@ -36,6 +36,7 @@ from sweeper.trainer import main as trainer_main
 from sweeper.trainer.run import Spec
 
 MAX_REQUEST_BYTES = 1 << 20
+NUM_FDS = 3  # a trainer's channel, its log, and its saver's channel
 
 
 def main(argv: list[str]) -> int:
@@ -122,7 +123,7 @@ def serve(sock: socket.socket, kind: Kind) -> None:
     processes.adopt_orphans()
     kind.prepare()
     while True:
-        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST_BYTES, 2)
+        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST_BYTES, NUM_FDS)
         if not data:
             return
         pid = kind.start(data, fds)
@@ -229,14 +230,14 @@ def _hand_over(waiting: socket.socket, data: bytes, fds: list[int]) -> bool:
 def _serve_one(parked: socket.socket, server_pid: int) -> int:
     processes.die_with_parent(server_pid)
     os.setsid()
-    data, fds, _, _ = socket.recv_fds(parked, MAX_REQUEST_BYTES, 2)
+    data, fds, _, _ = socket.recv_fds(parked, MAX_REQUEST_BYTES, NUM_FDS)
     if not data:
         return 0  # the server is gone
     parked.send(b".")
     parked.close()
     spec = Spec(**json.loads(data)["spec"])
     channel = Channel(socket.socket(fileno=fds[0]))
-    return trainer_main.be_trainer(spec, channel, log_fd=fds[1])
+    return trainer_main.be_trainer(spec, channel, log_fd=fds[1], saver_fd=fds[2])
 
 
 def _in_child(act: Callable[[], Any]) -> NoReturn:

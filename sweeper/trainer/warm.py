@@ -76,24 +76,30 @@ class TrainerServer:
         if self._sock is None:
             self._process, self._sock = _popen(self._kind, self._environment)
 
-    def spawn(self, spec: Spec, log_fd: int) -> Channel:
-        """Ask for a trainer; returns the worker's end of its channel. One at a time."""
+    def spawn(self, spec: Spec, log_fd: int) -> tuple[Channel, Channel]:
+        """Ask for a trainer, one at a time.
+
+        Returns:
+            The worker's ends of the channels of the trainer and of its saver, should it start one.
+        """
         data = json.dumps({"spec": asdict(spec)}).encode()
-        ours, theirs = socket.socketpair()
-        with theirs:
+        (ours, theirs), (saver_ours, saver_theirs) = socket.socketpair(), socket.socketpair()
+        with theirs, saver_theirs:
             for is_last in (False, True):
                 self.start()
                 assert self._sock is not None
                 try:
-                    socket.send_fds(self._sock, [data], [theirs.fileno(), log_fd])
+                    fds = [theirs.fileno(), log_fd, saver_theirs.fileno()]
+                    socket.send_fds(self._sock, [data], fds)
                     break
                 except OSError:
                     self.stop()
                     if is_last:
                         ours.close()
+                        saver_ours.close()
                         raise
         self._has_trainer, self._status = True, None
-        return Channel(ours)
+        return Channel(ours), Channel(saver_ours)
 
     def fileno(self) -> int:
         """For a selector: readable when a trainer, or the server, has ended."""

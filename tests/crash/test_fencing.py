@@ -33,6 +33,7 @@ from crash.mini import (
 
 from sweeper import observer, processes, worker
 from sweeper.errors import Fenced
+from sweeper.retention import Keep, Kept
 from sweeper.tracking import MetricsLog, read_rows
 
 Check = Callable[[int, Path], str | None]
@@ -291,5 +292,5 @@ def test_prune_does_not_count_what_an_overtaken_owner_wrote(tmp_path: Path) -> N
     commit(draft(tmp_path, epoch=1, step=2))
     commit(draft(tmp_path, epoch=2, step=3, lineage=starts))
     commit(draft(tmp_path, epoch=1, step=9))
-    checkpoints.prune(tmp_path, run_id=FIRST_RUN, keep_last=2, known_good={3}, starts=starts)
+    checkpoints.prune(tmp_path, run_id=FIRST_RUN, rules=Keep(last=2), known_good={3: Kept(3)}, starts=starts)
     assert [step for step, _ in checkpoints.steps_on_disk(tmp_path)] == [9, 3, 2]

@@ -17,6 +17,7 @@ import pytest
 from sweeper import checkpoints, fsops
 from sweeper.checkpoints import MANIFEST, Draft, Manifest
 from sweeper.errors import CheckpointRefused, Fenced
+from sweeper.retention import Keep, Kept
 
 RUN = "simple.r.00003"
 FILES = {"model.pth": 300, "optimizer.pt": 200, "rng_state.pt": 150, "state.json": 60}
@@ -443,7 +444,7 @@ def steps(root: Path) -> list[int]:
 
 
 def prune(root: Path, *, keep_last: int = 2, **more: Any) -> list[int]:
-    return checkpoints.prune(root, run_id=RUN, keep_last=keep_last, known_good=set(), **more)
+    return checkpoints.prune(root, run_id=RUN, rules=Keep(last=keep_last), known_good={}, **more)
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
@@ -480,9 +481,9 @@ def test_prune_verifies_each_checkpoint_once(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(
         checkpoints, "validate", lambda path, **more: (looked.append(path.name), real(path, **more))[1]
     )
-    known = {3}
+    known = {3: Kept(3)}
     for _ in range(3):
-        checkpoints.prune(tmp_path, run_id=RUN, keep_last=2, known_good=known)
+        checkpoints.prune(tmp_path, run_id=RUN, rules=Keep(last=2), known_good=known)
     assert looked == ["step_00000002"]
 
 
