@@ -1,7 +1,7 @@
 """What one trainer process does: take its identity, train, and say how it ended.
 
 Called in a child of the warm server (`sweeper.trainer.server`), or in a plain process:
-`python -m sweeper.trainer.main FD LOG_FD PARENT_PID`, which reads the request from its stdin.
+`python -m sweeper.trainer.main FD LOG_FD SAVER_FD PARENT_PID`, which reads the request from its stdin.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sweeper.trainer.run import (
     Preempted,
     Run,
     Spec,
+    TrainingFailed,
     TrialPruned,
     checked_value,
     in_attempt,
@@ -38,8 +39,8 @@ MAX_TRACEBACK_CHARS = 20_000
 DISK_FAULTS = frozenset({5, 28, 30, 122})  # EIO, ENOSPC, EROFS, EDQUOT
 
 
-def be_trainer(spec: Spec, channel: Channel, *, log_fd: int) -> int:
-    """Train one attempt in this process; returns the exit code."""
+def be_trainer(spec: Spec, channel: Channel, *, log_fd: int, saver_fd: int) -> int:
+    """Train one attempt in this process; returns the exit code. `saver_fd` is the saver's own channel."""
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.close(log_fd)
@@ -52,15 +53,15 @@ def be_trainer(spec: Spec, channel: Channel, *, log_fd: int) -> int:
     channel.send("hello", pid=trainer_pid)
     link = WorkerLink(channel, deadline_s=spec.deadline_s)
     try:
-        return train_and_tell(spec, link)
+        return train_and_tell(spec, link, saver_fd=saver_fd)
     except ChannelClosed:
         print("[RUN] the worker is gone; this attempt ends here", file=sys.stderr, flush=True)
         return EXIT_RELEASED
 
 
-def train_and_tell(spec: Spec, link: WorkerLink) -> int:
+def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
     """Run the training function and tell the worker the outcome."""
-    run = Run(spec, link)
+    run = Run(spec, link, saver_fd=saver_fd)
     try:
         verdict = _train(run)
         run.finish()
@@ -102,9 +103,14 @@ def _train(run: Run) -> Message:
 
 
 def _tell_error(error: BaseException, link: WorkerLink) -> int:
-    text = traceback.format_exc()
-    print(text, file=sys.stderr, flush=True)
-    reason = str(error) if isinstance(error, ConfigError | BadValue) else f"{type(error).__name__}: {error}"
+    if isinstance(error, TrainingFailed):
+        text = ""  # what it printed says more
+        print(f"[RUN] {error}", file=sys.stderr, flush=True)
+    else:
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+    is_plain = isinstance(error, ConfigError | BadValue | TrainingFailed)
+    reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
     link.tell(
         "error",
         reason=reason[:2000],
@@ -113,7 +119,7 @@ def _tell_error(error: BaseException, link: WorkerLink) -> int:
         is_config=isinstance(error, ConfigError),
         is_oom=is_out_of_memory(error),
         is_disk_fault=_is_disk_fault(error),
-        is_lost=_is_loader_killed(error),
+        is_lost=_is_loader_killed(error) or (isinstance(error, TrainingFailed) and error.is_lost),
     )
     return 1
 
@@ -205,10 +211,11 @@ def leave(code: int) -> NoReturn:
 
 def main(argv: list[str]) -> int:
     """A plain trainer process."""
-    processes.die_with_parent(int(argv[2]))
+    channel_fd, log_fd, saver_fd, parent_pid = map(int, argv)
+    processes.die_with_parent(parent_pid)
     request = json.load(sys.stdin)
-    channel = Channel(socket.socket(fileno=int(argv[0])))
-    return be_trainer(Spec(**request["spec"]), channel, log_fd=int(argv[1]))
+    channel = Channel(socket.socket(fileno=channel_fd))
+    return be_trainer(Spec(**request["spec"]), channel, log_fd=log_fd, saver_fd=saver_fd)
 
 
 if __name__ == "__main__":

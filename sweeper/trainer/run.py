@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, clock, rundir
 from sweeper.channel import Link
-from sweeper.checkpoints import Draft, Manifest
-from sweeper.errors import SweeperError
+from sweeper.checkpoints import Content, Draft, Manifest
+from sweeper.errors import ConfigError, SweeperError
 from sweeper.records import Params
 from sweeper.tracking.metrics import MetricsLog
+from sweeper.trainer.commits import Committer, Plan
+from sweeper.trainer.saver import Saver
 
 PROGRESS_EVERY_S = 0.25
 
@@ -35,6 +36,18 @@ class BadValue(SweeperError):
     """A training returned something that is not a finite number; it would do so again."""
 
 
+class TrainingFailed(SweeperError):
+    """A training that says itself how it failed, where a traceback would say nothing.
+
+    Args:
+        is_lost: It was ended from outside.
+    """
+
+    def __init__(self, what: str, *, why: str = "", do: str = "", is_lost: bool = False) -> None:
+        super().__init__(what, why=why, do=do)
+        self.is_lost = is_lost
+
+
 class NoValidCheckpoint(SweeperError):
     """Checkpoints had been committed, but none of them can be used."""
 
@@ -46,6 +59,7 @@ class Spec:
     Attributes:
         starts: (lease_epoch, start step) of the attempts so far, from the database.
         was_committed: The database knows of a committed checkpoint.
+        mtbf_s: Mean time between failures of a run of this sweep, as observed so far.
         checkpoint: The run's `checkpoint` settings.
     """
 
@@ -64,6 +78,7 @@ class Spec:
     direction: str
     has_pruner: bool
     was_committed: bool
+    mtbf_s: float = 3600.0
     starts: list[list[int]] = field(default_factory=list)
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
@@ -79,8 +94,9 @@ class Run:
         directory: The run directory.
     """
 
-    def __init__(self, spec: Spec, link: Link, *, config: Any = None) -> None:
+    def __init__(self, spec: Spec, link: Link, *, config: Any = None, saver_fd: int = -1) -> None:
         self.spec = spec
+        self._saver_fd = saver_fd
         self.config = config
         self.run_id, self.trial, self.params, self.seed = spec.run_id, spec.trial, spec.params, spec.seed
         self.directory = Path(spec.run_dir)
@@ -94,7 +110,7 @@ class Run:
         self._stopped: Stop | None = None
         self._at_end: list[Callable[[], None]] = []
         self._unwritten: list[tuple[int, dict[str, Any]]] = []
-        self._known_good: set[int] = set()
+        self.committer = Committer(link)
         self._parent_step: int | None = None
 
     # --- metrics ---------------------------------------------------------------------------
@@ -167,6 +183,16 @@ class Run:
             self.metrics.write(step, row)
             del self._unwritten[0]
 
+    def settle_metrics(self) -> int:
+        """Have all rows in the file that is read; returns its length in bytes, not yet durable.
+
+        Raises:
+            Fenced: The run belongs to somebody else.
+            OSError: The disk refused.
+        """
+        self.write_kept_rows()
+        return self.metrics.settle()
+
     def sync_metrics(self) -> int:
         """Make every row durable and return the log's length in bytes. Raises OSError."""
         self.write_kept_rows()
@@ -208,6 +234,10 @@ class Run:
             self._told_at = now
             self._link.tell("progress", step=step, total_steps=total_steps)
 
+    def poll(self) -> None:
+        """Take in what the worker has said, which is no sign of life. Raises Fenced, as `progress` does."""
+        self._link.poll()
+
     def complain(self, text: str) -> None:
         """Say something in the worker's log that a person should see."""
         self._link.tell("complaint", text=text)
@@ -243,7 +273,7 @@ class Run:
         """Checkpoint directories that may be resumed from, newest first; none may be valid."""
         return [directory for _, directory in checkpoints.steps_on_disk(self.checkpoints_dir)]
 
-    def read(self, directory: Path) -> tuple[Manifest, dict[str, bytes]]:
+    def read(self, directory: Path) -> tuple[Manifest, dict[str, Content]]:
         """Verify one candidate and return exactly the bytes that were verified.
 
         Whether it was made with this config.yaml is left to the caller, who can name the difference.
@@ -266,27 +296,70 @@ class Run:
         print(f"[RESUME] {self.run_id}: checkpoint step {step} refused: {reason}", flush=True)
         self._link.tell("refused", step=step, reason=reason)
 
-    def resumed(self, step: int, *, refused: Iterable[Path]) -> None:
-        """This attempt goes on from `step`: refused and newer checkpoints are moved out of the way."""
+    def resumed(self, manifest: Manifest, *, refused: Iterable[Path]) -> None:
+        """This attempt goes on from there: refused and newer checkpoints are moved out of the way."""
+        step = manifest.step
         self._parent_step = step
-        self._known_good.add(step)
+        self.committer.known_good[step] = checkpoints.kept(manifest)
         print(f"[RESUME] {self.run_id}: going on from step {step}", flush=True)
         self._link.ask("resumed", step=step)
         checkpoints.condemn(self.checkpoints_dir, refused)
 
+    def plan(
+        self,
+        step: int,
+        *,
+        value: float | None = None,
+        is_pinned: bool = False,
+        exports: dict[str, str] | None = None,
+    ) -> Plan:
+        """What a checkpoint of `step` will say of itself.
+
+        Args:
+            value: By which the best are kept.
+            is_pinned: It is never removed.
+            exports: File of the checkpoint → path of a copy for other tools.
+        """
+        spec, settings = self.spec, self.spec.checkpoint
+        lineage = sorted({(int(e), int(s)) for e, s in spec.starts} | {(spec.lease_epoch, self.start_step)})
+        keep = {
+            "last": int(settings.get("keep_last", 3)),
+            "best": int(settings.get("keep_best") or 0),
+            "every": int(settings.get("keep_every_n_steps") or 0),
+            "direction": spec.direction,
+        }
+        return Plan(
+            root=str(self.checkpoints_dir), run_id=self.run_id, step=step, lease_epoch=spec.lease_epoch,
+            lineage=[list(pair) for pair in lineage], parent_step=self._parent_step, config_digest=spec.config_digest,
+            starts=[list(pair) for pair in self._all_starts()], keep=keep,
+            value=value, is_pinned=is_pinned, exports=exports or {},
+        )  # fmt: skip
+
+    def export_path(self, pattern: str, *, stage: str) -> str:
+        """Where a weights file for other tools goes: `{stage}`, `{run_id}`, `{trial}` and every key of the trainer.
+
+        Raises:
+            ConfigError: The pattern names something else.
+        """
+        known = {
+            **(self.config.trainer if self.config is not None else {}),
+            "stage": stage,
+            "run_id": self.run_id,
+            "trial": self.trial,
+        }
+        try:
+            path = pattern.format(**known)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"checkpoint.export_weights={pattern!r} cannot be filled in",
+                why=f"{type(error).__name__}: {error}",
+                do=f"It may name {', '.join(sorted(map(str, known)))}.",
+            ) from error
+        return str(self.directory / path) if not path.startswith("/") else path
+
     def draft(self, step: int) -> Draft:
         """Begin a checkpoint of `step`; nothing of it counts until `commit`."""
-        spec = self.spec
-        lineage = sorted({(int(e), int(s)) for e, s in spec.starts} | {(spec.lease_epoch, self.start_step)})
-        return Draft(
-            root=self.checkpoints_dir,
-            run_id=self.run_id,
-            step=step,
-            lease_epoch=spec.lease_epoch,
-            lineage=tuple(lineage),
-            parent_step=self._parent_step,
-            config_digest=spec.config_digest,
-        )
+        return self.plan(step).draft()
 
     def commit(self, draft: Draft) -> None:
         """Make a draft the newest checkpoint and prune older ones.
@@ -295,25 +368,13 @@ class Run:
             Fenced: The run belongs to somebody else.
             OSError: The disk refused; older checkpoints are untouched.
         """
-        checkpoints.commit(
-            draft,
-            check_lease=self._check_lease,
-            record=lambda manifest: checkpoints.void(self._link.ask("committed", step=manifest.step)),
-            committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self._known_good.add(draft.step)
-        try:
-            self._prune()
-        except OSError as error:
-            self.complain(f"older checkpoints could not be removed: {error}")
+        self.committer.commit(draft, self.plan(draft.step))
 
-    def _prune(self) -> None:
-        checkpoints.prune(
-            self.checkpoints_dir,
-            run_id=self.run_id,
-            keep_last=int(self.spec.checkpoint.get("keep_last", 3)),
-            known_good=self._known_good,
-            starts=self._all_starts(),
+    def start_saver(self, memory_fd: int) -> Saver:
+        """Start the process that saves beside this one."""
+        deadline_s = getattr(self._link, "deadline_s", self.spec.deadline_s)
+        return Saver(
+            memory_fd, channel_fd=self._saver_fd, deadline_s=deadline_s, known_good=self.committer.known_good
         )
 
 
