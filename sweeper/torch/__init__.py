@@ -9,9 +9,12 @@ def train(cfg, run):
         loss = step(model, optimizer, batch)
         loop.report(loss=loss)
     return evaluate(model)
+
+Without a sweep, `with open_run("out/mine") as run:` takes the place of what the function was given.
 """
 
 from sweeper.torch.loop import Loop, resumable
+from sweeper.torch.standalone import find_latest, open_run
 from sweeper.trainer.run import Preempted, Run, TrialPruned
 
-__all__ = ["Loop", "Preempted", "Run", "TrialPruned", "resumable"]
+__all__ = ["Loop", "Preempted", "Run", "TrialPruned", "find_latest", "open_run", "resumable"]

@@ -1,0 +1,155 @@
+"""Exact, verified, preemption-safe checkpoints for a script of one's own, without a sweep.
+
+with open_run("out/mine", seed=0, metric="loss", keep_last=3) as run:
+    loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
+    for batch in loop.batches(epochs=10):
+        ...
+
+The directory is the run: `metrics.jsonl`, `checkpoints/`, and a lock that keeps a second process
+out. SIGTERM and SIGUSR1 (SLURM's warning) stop the script at the next step with a checkpoint and
+exit code 75; started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from omegaconf import OmegaConf
+
+from sweeper import checkpoints, rundir
+from sweeper.channel import NoLink
+from sweeper.errors import EXIT_RELEASED, CheckpointRefused, ConfigError, SweeperError
+from sweeper.trainer.main import prepare_process
+from sweeper.trainer.run import Preempted, Run, Spec, Stop
+
+LOCK_FILE = ".lock"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class PreemptedExit(Preempted, SystemExit):
+    """Ends the script with exit code 75: run me again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.code = EXIT_RELEASED
+
+
+class _SignalLink(NoLink):
+    """Signals set a flag with a reason; the loop looks at it between two steps."""
+
+    def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        for number in signals:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_reason = self.stop_reason or f"got {signal.Signals(number).name}"
+
+
+class StandaloneRun(Run):
+    """A run that no worker stands behind."""
+
+    lock_fd: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+
+    def preempted(self, reason: str) -> Stop:
+        print(f"[RUN] {self.run_id}: stopped at a checkpoint ({reason}); run it again to go on", flush=True)
+        return PreemptedExit(reason)
+
+
+def open_run(
+    directory: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    metric: str = "loss",
+    direction: str = "minimize",
+    config: Mapping[str, Any] | None = None,
+    signals: Iterable[signal.Signals] = _SIGNALS,
+    **checkpoint: Any,
+) -> StandaloneRun:
+    """Open a directory as a run: a new one, or one to go on with.
+
+    Python's, NumPy's and torch's generators are seeded.
+
+    Args:
+        directory: Created as needed, mode 0700.
+        seed: Of all generators and of the data order.
+        metric: The reported value of which the best is remembered.
+        direction: `minimize` or `maximize` it.
+        config: What the script was started with; a checkpoint of another one is refused by name.
+        signals: Those that stop the script at the next step with a checkpoint.
+        checkpoint: As `checkpoint.*` of a sweep: `every_s` (default 60), `every_n_steps`, `at_epoch_end`,
+            `interval`, `async_save`, `keep_last`, `keep_best`, `keep_every_n_steps`, `export_weights`.
+
+    Raises:
+        ConfigError: There is no such setting.
+        SweeperError: Another process has the directory open.
+    """
+    run_dir = Path(directory).absolute()
+    root = run_dir / rundir.CHECKPOINTS_DIR
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock_fd = _lock(run_dir)
+    epoch = rundir.largest_epoch(run_dir) + 1
+    checkpoints.clean(root, lease_epoch=epoch)
+    rundir.clean(run_dir)
+    spec = Spec(
+        run_dir=str(run_dir), run_id=_run_id(root), sweep="", trial=0, params={}, seed=seed,
+        threads=torch.get_num_threads(), attempt=epoch, lease_epoch=epoch, config_digest="", deadline_s=math.inf,
+        metric=metric, direction=direction, has_pruner=False, was_committed=False, checkpoint=_settings(checkpoint),
+    )  # fmt: skip
+    run = StandaloneRun(spec, _SignalLink(signals), config=OmegaConf.create({"trainer": dict(config or {})}))
+    run.lock_fd = lock_fd  # held as long as the process lives
+    prepare_process(spec)
+    return run
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {
+        "every_n_steps": None, "every_s": 60.0, "at_epoch_end": False, "interval": None, "async_save": True,
+        "keep_last": 3, "keep_best": 0, "keep_every_n_steps": 0, "export_weights": None,
+    }  # fmt: skip
+    if unknown := sorted(set(given) - set(defaults)):
+        raise ConfigError(f"open_run has no setting {unknown[0]!r}", do=f"There are {', '.join(defaults)}.")
+    return {**defaults, **given}
+
+
+def _lock(run_dir: Path) -> int:
+    fd = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise SweeperError(
+            f"{run_dir} is open in another process", do="Wait for it, or use another directory."
+        ) from None
+    return fd
+
+
+def _run_id(root: Path) -> str:
+    """What the checkpoints say, for directories are renamed."""
+    for _, directory in checkpoints.steps_on_disk(root):
+        try:
+            return checkpoints.read_manifest(directory).run_id
+        except CheckpointRefused:
+            continue
+    return root.parent.name
+
+
+def find_latest(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint below a run directory whose every byte is good; None if there is none."""
+    root = Path(directory) / rundir.CHECKPOINTS_DIR
+    step = checkpoints.newest_valid(root, run_id=_run_id(root))
+    return None if step is None else root / checkpoints.step_name(step)
