@@ -41,6 +41,7 @@ class LeaseTimes:
     ttl_s: float = 60.0
     progress_s: float = 1800.0
     grace_s: float = 30.0
+    ranks_s: float = 300.0
 
     @property
     def fence_s(self) -> float:

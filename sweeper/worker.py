@@ -32,7 +32,7 @@ from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
 from sweeper.tracking import Tracker, TrackingSettings
 from sweeper.trainer.run import Spec, in_attempt
-from sweeper.trainer.warm import TrainerServer, wants_cuda
+from sweeper.trainer.warm import TrainerServer, num_ranks, uses_cuda, wants_plain
 
 IDLE_POLL_S = 0.2
 
@@ -306,6 +306,7 @@ class Worker:
             config_digest=identity.config_digest, deadline_s=clock.boot_s() + self._times.fence_s,
             metric=sweep.metric, direction=sweep.direction, has_pruner=_has_pruner(sweep.config["pruner"]),
             was_committed=run.checkpoint_step is not None, mtbf_s=mtbf_s,
+            num_ranks=num_ranks(sweep.config), backend="nccl" if uses_cuda(sweep.config) else "gloo", ranks_s=self._times.ranks_s,
             starts=[list(pair) for pair in self._store.starts(run.run_id)], checkpoint=config["checkpoint"],
         )  # fmt: skip
 
@@ -534,7 +535,7 @@ def _work(
     store = Store(storage)
     found = store.sweep(sweep)
     store.ttl_s = float(found.config["lease"]["ttl_s"])
-    if wants_cuda(found.config):
+    if wants_plain(found.config):
         server.go_plain()
     threads = int(os.environ.get("SWEEPER_THREADS", "1"))
     tidy_final(store, found, data_dir)

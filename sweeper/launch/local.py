@@ -27,7 +27,7 @@ from sweeper.launch.tensorboard import Board, BoardSettings
 from sweeper.reading import Reading
 from sweeper.records import Sweep
 from sweeper.report.hints import next_command
-from sweeper.trainer.warm import Template, wants_cuda
+from sweeper.trainer.warm import Template, wants_plain
 
 QUICK_DEATH_S = 5.0
 MAX_QUICK_DEATHS = 5
@@ -76,7 +76,7 @@ def run(
     if is_detached:
         return _detach(slots, sweep, storage=storage, data_dir=data_dir)
     stop_at_s = sweep.config.get("stop_at")
-    if wants_cuda(sweep.config):
+    if wants_plain(sweep.config):
         template = None
     return Local(
         sweep.name, slots, storage=storage, data_dir=data_dir, stop_at_s=stop_at_s, template=template,

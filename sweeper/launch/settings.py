@@ -221,7 +221,7 @@ def check_values(config: dict[str, Any]) -> None:
     )
     for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
         _need(isinstance(value, int) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
-    known = {"heartbeat_s", "ttl_s", "progress_s", "grace_s"}
+    known = {"heartbeat_s", "ttl_s", "progress_s", "grace_s", "ranks_s"}
     _need(set(lease) == known, "lease", sorted(lease), f"It has {', '.join(sorted(known))}.")
     for key in sorted(known):
         least = 0 if key == "progress_s" else 1e-9
@@ -245,6 +245,8 @@ def check_values(config: dict[str, Any]) -> None:
         gpus,
         "Use a number of devices, 0 for none.",
     )
+    ranks = launcher.get("ranks_per_worker", 1)
+    _need(type(ranks) is int and ranks >= 1, "launcher.ranks_per_worker", ranks, "Use a number of processes.")
     board = config["tracking"]["tensorboard"]["enabled"]
     _need(isinstance(board, bool), "tracking.tensorboard.enabled", board, "Use true or false.")
     _need(

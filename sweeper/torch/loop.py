@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from sweeper import checkpoints, clock
 from sweeper.checkpoints import Manifest
 from sweeper.errors import CheckpointRefused
 from sweeper.torch.cadence import Cadence
-from sweeper.torch.order import OrderedLoader
+from sweeper.torch.order import OrderedLoader, derived_seed, seed_generators
+from sweeper.torch.ranks import Ranks, is_sharded, put_whole_states, rank_files, unwrapped, whole_states
 from sweeper.torch.saves import Saves
 from sweeper.torch.state import (
     check_architecture,
@@ -26,7 +28,7 @@ from sweeper.torch.state import (
     set_rng_state,
 )
 from sweeper.trainer.commits import Plan
-from sweeper.trainer.run import NoValidCheckpoint, Run
+from sweeper.trainer.run import NoValidCheckpoint, Run, TrialPruned
 from sweeper.trainer.saver import Done
 
 MODEL_FILE = "model.pth"
@@ -60,6 +62,17 @@ def resumable(run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **pa
     return loop
 
 
+class Decision(Enum):
+    """What all ranks do at a step boundary."""
+
+    GO_ON = "go on"
+    SAVE = "save"
+    FINISH = "finish"
+    STOP = "stop"
+    PRUNE = "prune"
+    RAISE = "raise"
+
+
 class Loop:
     """Steps through the data exactly once, across any number of interruptions.
 
@@ -78,11 +91,16 @@ class Loop:
     ) -> None:
         self.step = self.epoch = self.step_in_epoch = self.total_steps = 0
         self.is_update = True
+        self._is_at_end = False  # the batch in progress is known to be the last of its epoch
         self.best_value: float | None = None
         self._run = run
-        self._model = model
+        self._ranks = Ranks.here()
+        self._model = unwrapped(model)
         self._parts = dict(parts)
-        self._loader = OrderedLoader(loader, seed=run.seed)
+        self._is_sharded = is_sharded(self._model)
+        self._loader = OrderedLoader(
+            loader, seed=run.seed, rank=self._ranks.rank, world_size=self._ranks.world_size
+        )
         self._rng: dict[str, Any] | None = None
         self._last_report: tuple[int, float] | None = None
         self._num_accumulated = 0  # batches whose gradients the next update will use
@@ -93,13 +111,14 @@ class Loop:
         self._saved = (0, 0)  # step and batches accumulated of the last save that was begun
         self._saved_at_s = clock.awake_s()
         self._is_asked_to_save = self._is_asked_to_pin = self._has_saved = False
+        self._has_changed_ranks = False
 
     # --- the user's side -------------------------------------------------------------------
 
     @property
     def is_epoch_end(self) -> bool:
         """Whether the batch in progress is the last of its epoch."""
-        return self.step_in_epoch == self._loader.num_batches or self._is_last_step
+        return self._is_at_end or self._is_last_step
 
     def batches(self, *, epochs: int, max_steps: int | None = None, accumulate: int = 1) -> Iterator[Any]:
         """Yield batches from the exact position; between two of them lies the step boundary.
@@ -115,6 +134,10 @@ class Loop:
             TrialPruned: The pruner stopped the trial.
         """
         self.total_steps = self._loader.num_updates(accumulate) * epochs
+        if self._has_changed_ranks and self.total_steps:  # what is behind was counted in other steps
+            epochs_left = epochs - self.epoch - 1
+            left = self._loader.updates_left(accumulate) + self._loader.num_updates(accumulate) * epochs_left
+            self.total_steps = self.step + left
         if max_steps is not None:
             self.total_steps = min(self.total_steps or max_steps, max_steps)
         self._run.start(step=self.step, total_steps=self.total_steps or None)
@@ -127,18 +150,18 @@ class Loop:
                 self._run.judge(*self._last_report)
         while self.epoch < epochs and not self._is_done:
             epoch = self.epoch
-            for batch in self._loader.epoch(epoch, first_batch=self.step_in_epoch):
+            for batch in self._loader.epoch(epoch):
                 self.step_in_epoch += 1
                 self._num_accumulated += 1
-                is_last = self.step_in_epoch == self._loader.num_batches
-                self.is_update = self._num_accumulated == accumulate or is_last
+                self._is_at_end = self._loader.advance()
+                self.is_update = self._num_accumulated == accumulate or self._is_at_end
                 self.step += self.is_update
                 yield batch
                 self._boundary()
                 if self._is_done:
                     return
             if self.epoch == epoch:  # the data had no length to know its end by
-                self.epoch, self.step_in_epoch = epoch + 1, 0
+                self._next_epoch()
 
     def report(self, **metrics: Any) -> None:
         """Log numbers of this step: metrics log, W&B, TensorBoard, and the pruner.
@@ -179,24 +202,57 @@ class Loop:
     def _is_done(self) -> bool:
         return bool(self.total_steps) and self.step >= self.total_steps and self._num_accumulated == 0
 
+    def _next_epoch(self) -> None:
+        self.epoch, self.step_in_epoch, self._loader.position = self.epoch + 1, 0, 0
+
     def _boundary(self) -> None:
         if self.is_update:
             self._num_accumulated = 0
         row_epoch, is_epoch_end = self.epoch, self.is_epoch_end
-        if self.step_in_epoch == self._loader.num_batches:
-            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        if self._is_at_end:
+            self._next_epoch()
+        decision, reason = self._agree(row_epoch, is_epoch_end=is_epoch_end)
+        if decision is Decision.SAVE:
+            self._save()
+        elif decision is Decision.FINISH:
+            self._save(wait=True, is_last=True)
+        elif decision is Decision.STOP:
+            self._save(wait=True)
+            raise self._run.preempted(reason)
+
+    def _agree(self, row_epoch: int, *, is_epoch_end: bool) -> tuple[Decision, str]:
+        """What all ranks do at this boundary. Raises what rank 0 raised, on all of them."""
+        if self._ranks.world_size == 1:
+            return self._decide(row_epoch, is_epoch_end=is_epoch_end)
+        error: BaseException | None = None
+        answer = (Decision.GO_ON, "")
+        if self._ranks.is_first:
+            try:
+                answer = self._decide(row_epoch, is_epoch_end=is_epoch_end)
+            except BaseException as raised:  # noqa: BLE001 - the others must not wait for ever
+                is_pruned = isinstance(raised, TrialPruned)
+                error, answer = raised, (Decision.PRUNE if is_pruned else Decision.RAISE, str(raised))
+        decision, reason = self._ranks.from_first(answer)
+        if error is not None:
+            raise error
+        if decision is Decision.PRUNE:
+            raise TrialPruned(reason)
+        if decision is Decision.RAISE:
+            raise self._run.preempted(f"rank 0: {reason}")
+        return decision, reason
+
+    def _decide(self, row_epoch: int, *, is_epoch_end: bool) -> tuple[Decision, str]:
         if self.is_update:
             self._flush_row(epoch=row_epoch)
         self._run.progress(self.step)
         self._settle_save(self._saves.poll())
-        reason = self._run.stop_reason
-        if reason:
-            self._save(wait=True)
-            raise self._run.preempted(reason)
+        if reason := self._run.stop_reason:
+            return Decision.STOP, reason
         if self._is_last_step:
-            self._save(wait=True, is_last=True)
-        elif self.is_update and not self._saves.is_busy and self._is_due(is_epoch_end=is_epoch_end):
-            self._save()
+            return Decision.FINISH, ""
+        if self.is_update and not self._saves.is_busy and self._is_due(is_epoch_end=is_epoch_end):
+            return Decision.SAVE, ""
+        return Decision.GO_ON, ""
 
     def _is_due(self, *, is_epoch_end: bool) -> bool:
         self._is_asked_to_save |= self._cadence.is_due(
@@ -226,11 +282,13 @@ class Loop:
         """
         if wait:
             self._settle_save(self._saves.wait(), is_last=is_last and self._saved == self._position)
-        if self._position != self._saved:
+        if self._ranks.from_first(self._position != self._saved):
+            states = self._states()  # collective
+            if not self._ranks.is_first:
+                return
             try:
                 offset = self._run.settle_metrics()
-                plan, files = self._plan(), self._files(offset)
-                has_begun = self._saves.begin(plan, files, wait=wait)
+                has_begun = self._saves.begin(self._plan(), self._files(states, offset), wait=wait)
             except OSError as error:
                 self._complain(error, is_last=is_last or self._is_last_step)
                 return
@@ -277,19 +335,31 @@ class Loop:
         finite = value if value is not None and abs(value) < float("inf") else None
         return self._run.plan(self.step, value=finite, is_pinned=self._is_asked_to_pin, exports=exports)
 
-    def _files(self, metrics_offset: int) -> dict[str, Any]:
-        model, parts = (
-            self._model.state_dict(),
-            {name: part.state_dict() for name, part in self._parts.items()},
-        )
-        if not self._has_saved:
-            check_restorable({MODEL_FILE: model, OPTIMIZER_FILE: parts})
-            self._has_saved = True
-        files: dict[str, Any] = {MODEL_FILE: model, OPTIMIZER_FILE: parts, RNG_FILE: rng_state()}
+    def _states(self) -> dict[str, Any]:
+        """The states of all ranks, on rank 0. Collective."""
+        if self._is_sharded:
+            model, parts = whole_states(self._model, self._parts)
+        elif self._ranks.is_first:
+            model = self._model.state_dict()
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
+        else:
+            model, parts = {}, {}
+        files: dict[str, Any] = {MODEL_FILE: model, OPTIMIZER_FILE: parts}
+        own = {"rng": rng_state(), "gradients": gradients(self._modules()) if self._num_accumulated else None}
+        everybody = self._ranks.gathered(own)
+        for name, rank in zip(rank_files(RNG_FILE, len(everybody)), everybody, strict=True):
+            files[name] = rank["rng"]
         if self._num_accumulated:
-            files[GRADIENTS_FILE] = gradients(self._modules())
+            for name, rank in zip(rank_files(GRADIENTS_FILE, len(everybody)), everybody, strict=True):
+                files[name] = rank["gradients"]
+        return files
+
+    def _files(self, states: dict[str, Any], metrics_offset: int) -> dict[str, Any]:
+        if not self._has_saved:
+            check_restorable({name: states[name] for name in (MODEL_FILE, OPTIMIZER_FILE)})
+            self._has_saved = True
         counters = json.dumps(self._counters(metrics_offset), indent=2, sort_keys=True)
-        return {**files, STATE_FILE: counters.encode()}
+        return {**states, STATE_FILE: counters.encode()}
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         parts = {name: part for name, part in self._parts.items() if isinstance(part, torch.nn.Module)}
@@ -315,53 +385,95 @@ class Loop:
             counters["accumulated"] = {"batches": self._num_accumulated, "row": self._row}
         if data := self._loader.state_dict():
             counters["data"] = data
+        if self._ranks.world_size > 1:
+            counters["ranks"] = {"world_size": self._ranks.world_size}
+        if self._ranks.world_size > 1 or self._has_changed_ranks:
+            counters["position"] = self._loader.position
         return counters
 
     # --- restoring -------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        run = self._run
+        """Rank 0 names candidates; one that any rank refuses is refused by all."""
+        run, ranks = self._run, self._ranks
         refused: list[Path] = []
-        for directory in run.candidates():
+        for directory in ranks.from_first(run.candidates() if ranks.is_first else None):
+            reason: str | None = None
             try:
-                manifest = self._load(directory)
+                manifest, state, loaded = self._read(directory)
+                self._apply_parts(loaded[OPTIMIZER_FILE])  # the model last: it was checked, it will fit
             except CheckpointRefused as error:
+                reason = str(error)
+            if problem := ranks.agreed(reason):
                 refused.append(directory)
-                run.refuse(checkpoints.step_of(directory), str(error))
+                if ranks.is_first:
+                    run.refuse(checkpoints.step_of(directory), reason or problem)
                 continue
+            self._apply(state, loaded)
             run.resumed(manifest, refused=refused)
             self._is_replaying = True
             return
-        if run.was_ever_committed():
+        if ranks.from_first(run.was_ever_committed() if ranks.is_first else None):
             raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)")
 
-    def _load(self, directory: Path) -> Manifest:
-        """Verify, unpickle and check everything before the first object is changed."""
+    def _read(self, directory: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any]]:
+        """Verify, unpickle and check everything, before the first object is changed.
+
+        Raises:
+            CheckpointRefused: With the reason.
+        """
         manifest, contents = self._run.read(directory)
         try:
             state = json.loads(contents[STATE_FILE].data)
             loaded = {name: load(name, contents[name]) for name in contents if name != STATE_FILE}
-            model, parts = loaded[MODEL_FILE], loaded[OPTIMIZER_FILE]
-            self._check(state, model, parts)
+            self._check(state, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
             if manifest.config_digest != self._run.spec.config_digest:
                 raise CheckpointRefused("it was made with another config.yaml")
             self._loader.check(state.get("data"))
-            for name, part in self._parts.items():  # the model last: it has been checked, it will fit
-                part.load_state_dict(parts[name])
-            self._model.load_state_dict(model)
-            if GRADIENTS_FILE in loaded:
-                set_gradients(self._modules(), loaded[GRADIENTS_FILE])
         except (KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
-            raise CheckpointRefused(
-                "it does not fit this training", why=f"{type(error).__name__}: {error}"
-            ) from error
+            raise _unfit(error) from error
         finally:
             for content in contents.values():
                 content.close()
+        return manifest, state, loaded
+
+    def _apply_parts(self, parts: Mapping[str, Any]) -> None:
+        """Put the parts back; sharded ones need all ranks at once. Raises CheckpointRefused."""
+        if self._is_sharded:
+            return
+        try:
+            for name, part in self._parts.items():
+                part.load_state_dict(parts[name])
+        except (KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+            raise _unfit(error) from error
+
+    def _apply(self, state: dict[str, Any], loaded: dict[str, Any]) -> None:
+        """Put back what all ranks have agreed on."""
+        if self._is_sharded:
+            put_whole_states(self._model, self._parts, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
+        else:
+            self._model.load_state_dict(loaded[MODEL_FILE])
+        saved_size = state.get("ranks", {}).get("world_size", 1)
+        self._has_changed_ranks = saved_size != self._ranks.world_size
+        mine = dict(enumerate(rank_files(RNG_FILE, saved_size))).get(self._ranks.rank)
+        self._rng = loaded[mine] if mine is not None else self._fresh_rng(state["global_step"])
+        gradient_file = dict(enumerate(rank_files(GRADIENTS_FILE, saved_size))).get(self._ranks.rank, "")
+        if gradient_file in loaded:
+            set_gradients(self._modules(), loaded[gradient_file])
         self._take_counters(state)
-        self._rng = loaded[RNG_FILE]
-        self._run.open_metrics(state["metrics_offset"])
-        return manifest
+        if self._has_changed_ranks and self._ranks.is_first:
+            print(
+                f"[RESUME] {self._run.run_id}: from {saved_size} ranks to {self._ranks.world_size}: no sample is repeated or "
+                "skipped, but the bits differ from here on from those of an undisturbed run",
+                flush=True,
+            )
+        if self._ranks.is_first:
+            self._run.open_metrics(state["metrics_offset"])
+
+    def _fresh_rng(self, step: int) -> dict[str, Any]:
+        """Generators of a rank that was not there before."""
+        seed_generators(derived_seed(self._run.seed, "rank", self._ranks.rank, step))
+        return rng_state()
 
     def _take_counters(self, state: Mapping[str, Any]) -> None:
         self.step = state["global_step"]
@@ -371,6 +483,7 @@ class Loop:
         self._saved = self._position
         self.best_value = state["best_loss"]
         self._loader.load_state_dict(state.get("data"))
+        self._loader.position = state.get("position", self._loader.position_of(self.step_in_epoch))
         step_and_value = state["metadata"].get("last_report")
         self._last_report = (
             None if step_and_value is None else (int(step_and_value[0]), float(step_and_value[1]))
@@ -385,10 +498,26 @@ class Loop:
         check_architecture(model, self._model)
         if set(parts) != set(self._parts):
             raise CheckpointRefused(f"it holds {sorted(parts)}, this training has {sorted(self._parts)}")
-        if state["metadata"]["batches_per_epoch"] != self._loader.num_batches:
+        saved_size = state.get("ranks", {}).get("world_size", 1)
+        if saved_size != self._ranks.world_size:
+            self._check_reshardable(state, saved_size)
+        elif state["metadata"]["batches_per_epoch"] != self._loader.num_batches:
             raise CheckpointRefused(
                 f"it counts {state['metadata']['batches_per_epoch']} batches an epoch, the loader has {self._loader.num_batches}"
             )
+
+    def _check_reshardable(self, state: Mapping[str, Any], saved_size: int) -> None:
+        change = f"it was made by {saved_size} ranks, these are {self._ranks.world_size}"
+        if not self._loader.is_reshardable:
+            raise CheckpointRefused(change, why="the loader's own sampler cannot be shared out anew")
+        if "accumulated" in state:
+            raise CheckpointRefused(change, why="it lies in the middle of an accumulation of gradients")
+
+
+def _unfit(error: BaseException) -> CheckpointRefused:
+    if isinstance(error, MemoryError):
+        return CheckpointRefused("there was not enough memory to load it")
+    return CheckpointRefused("it does not fit this training", why=f"{type(error).__name__}: {error}")
 
 
 def _difference(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:

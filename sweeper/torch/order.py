@@ -46,36 +46,99 @@ def seed_generators(seed: int) -> None:
 
 
 class Order(Sampler[list[int]]):
-    """Batches of indices of one epoch, starting at a given batch."""
+    """Batches of indices of one epoch, from a position on.
+
+    Attributes:
+        epoch: Which epoch's.
+        position: Where in it to begin; what it counts is the order's own affair.
+    """
 
     epoch = 0
-    first_batch = 0
+    position = 0
+    is_reshardable = False
+
+    def after(self, position: int) -> int:
+        """The position after the batch at `position`."""
+        return position + 1
+
+    @property
+    def end(self) -> int:
+        """The position after the last batch."""
+        return len(self)  # type: ignore[arg-type]
+
+    def batches_left(self, position: int) -> int:
+        """Batches from `position` to the end of the epoch."""
+        return self.end - position
 
 
 class EpochOrder(Order):
-    """What `batch_size` and `shuffle` mean.
+    """What `batch_size` and `shuffle` mean, on one rank of any number. Positions count samples of all ranks.
+
+    Each step takes the next `batch_size` samples for each rank. At the end of an epoch the ranks share
+    what is left as evenly as can be; what is too little to give every rank a sample joins the step
+    before. So each sample is seen exactly once, also when the number of ranks changes in between.
 
     Args:
         size: Number of samples.
-        batch_size: Samples a batch.
-        drop_last: Leave out a last batch that is not full.
+        batch_size: Samples a batch and rank.
+        drop_last: Leave out a last step that is not full.
         shuffle: A new permutation each epoch; else 0, 1, 2, ….
         seed: Seed of all permutations.
+        rank, world_size: Whose batches.
     """
 
-    def __init__(self, size: int, *, batch_size: int, drop_last: bool, shuffle: bool, seed: int) -> None:
+    is_reshardable = True
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        drop_last: bool,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.size, self.batch_size, self.drop_last = size, batch_size, drop_last
         self.shuffle, self.seed = shuffle, seed
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        full, rest = divmod(self.size, self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return self.batches_left(0)
+
+    @property
+    def end(self) -> int:
+        stride = self.batch_size * self.world_size
+        return self.size // stride * stride if self.drop_last else self.size
+
+    def after(self, position: int) -> int:
+        following = min(position + self.batch_size * self.world_size, self.size)
+        left = self.size - following
+        return self.size if left < self.world_size and not self.drop_last else following
+
+    def batches_left(self, position: int) -> int:
+        stride = self.batch_size * self.world_size
+        full, rest = divmod(max(0, self.size - position), stride)
+        if self.drop_last:
+            return full
+        joins = full > 0 and 0 < rest < self.world_size
+        return full + (rest > 0 and not joins)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        for batch in range(self.first_batch, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        order, position = self._order(), self.position
+        for _ in range(self.batches_left(position)):
+            following = self.after(position)
+            yield self._mine(order[position:following])
+            position = following
+
+    def _mine(self, samples: list[int]) -> list[int]:
+        """This rank's share of a step: the first ranks have one more when it is not even."""
+        each, more = divmod(len(samples), self.world_size)
+        start = self.rank * each + min(self.rank, more)
+        # Only after a change to more ranks than samples are left can a share be empty.
+        return samples[start : start + each + (self.rank < more)] or samples[:1]
 
     def _order(self) -> list[int]:
         if not self.shuffle:
@@ -111,7 +174,7 @@ class SamplerOrder(Order):
         with _generators_kept():
             seed_generators(seed)
             drawn = list(self._batches)
-        yield from drawn[self.first_batch :]
+        yield from drawn[self.position :]
 
 
 @contextlib.contextmanager
@@ -148,13 +211,15 @@ class OrderedLoader:
 
     Attributes:
         num_batches: Batches in an epoch; None when the data has no length.
+        position: Where in the epoch the next batch begins, as its order counts.
 
     Raises:
         ConfigError: Its order cannot be repeated.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self._seed = seed
+        self.position = 0
         self._generator = torch.Generator()
         self._own: Any = loader if hasattr(loader, "state_dict") else None
         self._stream: Stream | None = None
@@ -166,7 +231,7 @@ class OrderedLoader:
             self._stream = Stream(loader)
             self._loader = self._stream.loader(self._generator)
         else:
-            self._order = _order_of(loader, seed)
+            self._order = _order_of(loader, seed, rank=rank, world_size=world_size)
             self.num_batches = len(self._order)  # type: ignore[arg-type]
             self._loader = self._ordered(loader, self._order)
 
@@ -185,18 +250,48 @@ class OrderedLoader:
             prefetch_factor=loader.prefetch_factor,
         )
 
+    @property
+    def is_reshardable(self) -> bool:
+        """Whether the rest of an epoch can be shared out among another number of ranks."""
+        return self._order is not None and self._order.is_reshardable
+
+    def updates_left(self, accumulate: int) -> int:
+        """Optimizer updates from here to the end of the epoch; 0 when that is not known."""
+        return (
+            0 if self._order is None and self.num_batches is None else -(-self._batches_left() // accumulate)
+        )
+
+    def _batches_left(self) -> int:
+        return (
+            (self.num_batches or 0) - self.position
+            if self._order is None
+            else self._order.batches_left(self.position)
+        )
+
     def num_updates(self, accumulate: int) -> int:
         """Optimizer updates in an epoch; 0 when that is not known."""
         return 0 if self.num_batches is None else -(-self.num_batches // accumulate)
 
-    def epoch(self, epoch: int, *, first_batch: int) -> Iterator[Any]:
-        """The batches of one epoch from `first_batch` on."""
+    def advance(self) -> bool:
+        """Take note that a batch was handed out. Returns whether it is known to be the epoch's last."""
+        self.position = self.position + 1 if self._order is None else self._order.after(self.position)
+        return self._batches_left() == 0 and self.num_batches is not None
+
+    def position_of(self, batches: int) -> int:
+        """The position after so many batches of an epoch."""
+        position = 0
+        for _ in range(batches):
+            position = position + 1 if self._order is None else self._order.after(position)
+        return position
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """The batches of one epoch from `position` on."""
         self._generator.manual_seed(derived_seed(self._seed, "workers", epoch))
         if self._order is not None:
-            self._order.epoch, self._order.first_batch = epoch, first_batch
+            self._order.epoch, self._order.position = epoch, self.position
             return iter(self._loader)
         if self._stream is not None:
-            return self._stream.epoch(self._loader, is_start=first_batch == 0)
+            return self._stream.epoch(self._loader, is_start=self.position == 0)
         return iter(self._loader)
 
     # --- data that keeps its position itself -----------------------------------------------
@@ -230,7 +325,7 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def _order_of(loader: DataLoader[Any], seed: int) -> Order:
+def _order_of(loader: DataLoader[Any], seed: int, *, rank: int, world_size: int) -> Order:
     batches, sampler = loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
     is_random = (
         type(sampler) is RandomSampler
@@ -244,6 +339,8 @@ def _order_of(loader: DataLoader[Any], seed: int) -> Order:
             drop_last=batches.drop_last,
             shuffle=is_random,
             seed=seed,
+            rank=rank,
+            world_size=world_size,
         )
     if batches is None or _length(batches) is None:
         raise ConfigError(

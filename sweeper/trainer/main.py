@@ -47,6 +47,11 @@ def be_trainer(spec: Spec, channel: Channel, *, log_fd: int, saver_fd: int) -> i
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the worker decides, and tells at a step boundary
     os.environ["SWEEPER_ATTEMPT"] = in_attempt(spec.run_dir, spec.lease_epoch)
+    return be_first(spec, channel, saver_fd=saver_fd)
+
+
+def be_first(spec: Spec, channel: Channel, *, saver_fd: int) -> int:
+    """Train as the process that talks to the worker; returns the exit code."""
     # Loader workers of a dead trainer would linger for seconds.
     trainer_pid = os.getpid()
     os.register_at_fork(after_in_child=lambda: processes.die_with_parent(trainer_pid))
@@ -63,7 +68,7 @@ def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
     """Run the training function and tell the worker the outcome."""
     run = Run(spec, link, saver_fd=saver_fd)
     try:
-        verdict = _train(run)
+        verdict = train(run)
         run.finish()
     except Preempted as stop:
         link.tell("preempted", reason=str(stop))
@@ -84,7 +89,7 @@ def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
     return 0
 
 
-def _train(run: Run) -> Message:
+def train(run: Run) -> Message:
     """What to tell of a training that came to its end: its value, or that it was pruned."""
     function, run.config = load_training(run.spec)
     prepare_process(run.spec)

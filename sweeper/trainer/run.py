@@ -59,6 +59,8 @@ class Spec:
     Attributes:
         starts: (lease_epoch, start step) of the attempts so far, from the database.
         was_committed: The database knows of a committed checkpoint.
+        num_ranks, backend, ranks_s: Processes of this training, how they talk, and how long one waits
+            for another.
         mtbf_s: Mean time between failures of a run of this sweep, as observed so far.
         checkpoint: The run's `checkpoint` settings.
     """
@@ -79,6 +81,9 @@ class Spec:
     has_pruner: bool
     was_committed: bool
     mtbf_s: float = 3600.0
+    num_ranks: int = 1
+    backend: str = "gloo"
+    ranks_s: float = 300.0
     starts: list[list[int]] = field(default_factory=list)
     checkpoint: dict[str, Any] = field(default_factory=dict)
 

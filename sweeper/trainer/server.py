@@ -4,7 +4,8 @@
 
 - `warm`: imports torch, and forks each trainer. The next one is forked while this one trains, and
   waits parked.
-- `plain`: starts each trainer as a fresh process: what wants CUDA must not be forked.
+- `plain`: starts each trainer as a fresh process: what wants CUDA must not be forked, and several
+  ranks come from torchrun.
 - `template`: imports torch for a whole launch, and forks a `warm` server for each worker.
 
 A server ends when its worker's socket does, and its trainers with it (parent-death signal). When a
@@ -165,7 +166,8 @@ class Plain:
     """A fresh process for each trainer."""
 
     def start(self, data: bytes, fds: list[int]) -> int:
-        argv = [sys.executable, "-m", "sweeper.trainer.main", *map(str, (*fds, os.getpid()))]
+        module = "ranks" if json.loads(data)["spec"]["num_ranks"] > 1 else "main"
+        argv = [sys.executable, "-m", f"sweeper.trainer.{module}", *map(str, (*fds, os.getpid()))]
         process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=2, pass_fds=fds, start_new_session=True
         )

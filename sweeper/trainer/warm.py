@@ -29,11 +29,21 @@ def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
     return {**{name: value for name, value in environment.items() if name != "SWEEPER_STORAGE"}, **fixed}
 
 
-def wants_cuda(config: Mapping[str, Any]) -> bool:
-    """Whether trainers will use CUDA, which must never be initialised in a warm server."""
+def num_ranks(config: Mapping[str, Any]) -> int:
+    """Processes of one training."""
+    return int(config["launcher"].get("ranks_per_worker") or 1)
+
+
+def uses_cuda(config: Mapping[str, Any]) -> bool:
+    """Whether trainers will use CUDA."""
     return bool(config["launcher"].get("gpus_per_worker")) or "cuda" in str(
         config["trainer"].get("device", "")
     )
+
+
+def wants_plain(config: Mapping[str, Any]) -> bool:
+    """Whether trainers must be fresh processes: CUDA does not survive a fork, and ranks come from torchrun."""
+    return uses_cuda(config) or num_ranks(config) > 1
 
 
 def _popen(kind: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -1,0 +1,126 @@
+"""Several ranks as one: what rank 0 decides, all do at the same step boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among the ranks of a training; alone when torch.distributed is not initialised.
+
+    Attributes:
+        rank, world_size: As in torch.
+        group: A gloo group for decisions, which are objects on the host, beside whatever backend
+            the training uses.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    group: Any = None
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """Collective: all ranks must call it."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank decides, and talks to the worker."""
+        return self.rank == 0
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 has. Collective."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank has, on rank 0; elsewhere an empty list. Collective."""
+        if self.world_size == 1:
+            return [value]
+        box = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, box, dst=0, group=self.group)
+        return box or []
+
+    def agreed(self, problem: str | None) -> str | None:
+        """The first problem any rank has, on all of them; None when there is none. Collective."""
+        if self.world_size == 1:
+            return problem
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, problem, group=self.group)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(box) if text is not None), None)
+
+
+# --- sharded models ------------------------------------------------------------------------
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 (or another user of DTensor) holds only a part of the weights here."""
+    return any(_is_dtensor(parameter) for parameter in model.parameters())
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole_states(model: torch.nn.Module, parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dicts of a sharded model and its parts with whole tensors, on rank 0. Collective.
+
+    Source: torch.distributed.checkpoint.state_dict, `full_state_dict` and `cpu_offload`.
+    """
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=options)
+    states: dict[str, Any] = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            states[name] = dcp.get_optimizer_state_dict(model, part, options=options)
+        elif isinstance(part, torch.nn.Module) and is_sharded(part):
+            states[name] = dcp.get_model_state_dict(part, options=options)
+        else:
+            states[name] = part.state_dict()
+    return weights, states
+
+
+def put_whole_states(
+    model: torch.nn.Module, parts: Mapping[str, Any], weights: dict[str, Any], states: Mapping[str, Any]
+) -> None:
+    """Share whole tensors out among the ranks again, however many they are now. Collective."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(full_state_dict=True)
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            dcp.set_optimizer_state_dict(model, part, states[name], options=options)
+        elif isinstance(part, torch.nn.Module) and is_sharded(part):
+            dcp.set_model_state_dict(part, states[name], options=options)
+        else:
+            part.load_state_dict(states[name])
+    dcp.set_model_state_dict(model, weights, options=options)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel, so that a checkpoint has plain names."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def rank_files(name: str, world_size: int) -> Iterator[str]:
+    """A file's name on each rank: `rng_state.pt`, `rng_state.rank1.pt`, …."""
+    stem, _, suffix = name.rpartition(".")
+    for rank in range(world_size):
+        yield name if rank == 0 else f"{stem}.rank{rank}.{suffix}"
