@@ -106,7 +106,12 @@ def put_whole_states(
     options = dcp.StateDictOptions(full_state_dict=True)
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
+            tuples = [
+                [key for key, value in group.items() if type(value) is tuple] for group in part.param_groups
+            ]
             dcp.set_optimizer_state_dict(model, part, states[name], options=options)
+            for group, keys in zip(part.param_groups, tuples, strict=True):  # it makes lists of them
+                group.update({key: tuple(group[key]) for key in keys})
         elif isinstance(part, torch.nn.Module) and is_sharded(part):
             dcp.set_model_state_dict(part, states[name], options=options)
         else:

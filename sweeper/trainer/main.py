@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +35,10 @@ from sweeper.trainer.run import (
     checked_value,
     in_attempt,
 )
+from sweeper.trainer.saver import SaverLost
 
 MAX_TRACEBACK_CHARS = 20_000
+PEER_WAIT_S = 10.0
 DISK_FAULTS = frozenset({5, 28, 30, 122})  # EIO, ENOSPC, EROFS, EDQUOT
 
 
@@ -83,7 +86,10 @@ def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
     except ChannelClosed:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a user's code raises is an outcome
-        return _tell_error(error, link)
+        if is_lost := spec.num_ranks > 1 and _is_another_ranks(error):
+            print(f"[RUN] another rank is gone or hangs: {error}", file=sys.stderr, flush=True)
+            time.sleep(PEER_WAIT_S)  # torchrun ends us meanwhile, and its end tells how that rank ended
+        return _tell_error(error, link, is_lost=is_lost)
     else:
         link.tell(verdict.pop("kind"), **verdict)
     return 0
@@ -107,7 +113,7 @@ def train(run: Run) -> Message:
         raise
 
 
-def _tell_error(error: BaseException, link: WorkerLink) -> int:
+def _tell_error(error: BaseException, link: WorkerLink, *, is_lost: bool = False) -> int:
     if isinstance(error, TrainingFailed):
         text = ""  # what it printed says more
         print(f"[RUN] {error}", file=sys.stderr, flush=True)
@@ -124,7 +130,10 @@ def _tell_error(error: BaseException, link: WorkerLink) -> int:
         is_config=isinstance(error, ConfigError),
         is_oom=is_out_of_memory(error),
         is_disk_fault=_is_disk_fault(error),
-        is_lost=_is_loader_killed(error) or (isinstance(error, TrainingFailed) and error.is_lost),
+        is_lost=is_lost
+        or _is_loader_killed(error)
+        or isinstance(error, SaverLost)
+        or (isinstance(error, TrainingFailed) and error.is_lost),
     )
     return 1
 
@@ -134,6 +143,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _is_another_ranks(error: BaseException) -> bool:
+    """A collective failed because a rank is gone or did not come in time."""
+    text = str(error).lower()
+    is_timeout = "timed out" in text or "timeout" in text
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or ("gloo" in text or "nccl" in text) or is_timeout
     )
 
 
