@@ -137,8 +137,8 @@ def hydra() -> Iterator[None]:
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory that README.md lets its reader write: blocks of YAML that name their path, word for word."""
-    for block in blocks(ROOT / "README.md", "yaml"):
+    """The directory that pages let their reader write: blocks of YAML that name their path, word for word."""
+    for block in (*blocks(ROOT / "README.md", "yaml"), *blocks(DOCS / "command.md", "yaml")):
         (name,) = re.findall(r"^# (\S+\.yaml)\b", block, flags=re.MULTILINE)
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
