@@ -44,6 +44,22 @@ class Channel:
             self.is_closed = True
             raise ChannelClosed("the channel is closed", why=str(error)) from error
 
+    def offer(self, kind: str, **data: Any) -> bool:
+        """Send one message, unless the other side has not read for so long that nothing more fits.
+
+        Returns:
+            Whether it was sent. Raises ChannelClosed.
+        """
+        line = json.dumps({"kind": kind, **data}, allow_nan=True).encode() + b"\n"
+        try:
+            # A short line fits whole, or not at all: a local stream takes it in one buffer.
+            return self._sock.send(line, socket.MSG_DONTWAIT) == len(line)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.is_closed = True
+            raise ChannelClosed("the channel is closed", why=str(error)) from error
+
     def receive(self, *, wait_s: float | None = 0.0) -> list[Message]:
         """All messages that have arrived; `is_closed` is set at the end of the stream.
 

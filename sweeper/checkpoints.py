@@ -609,6 +609,33 @@ def newest_valid(root: Path, *, run_id: str, starts: Iterable[tuple[int, int]] =
     return None
 
 
+def run_id_inside(root: Path) -> str:
+    """The run that the newest readable checkpoint says it is of, for directories are renamed and copied."""
+    for _, directory in steps_on_disk(root):
+        try:
+            return read_manifest(directory).run_id
+        except CheckpointRefused:
+            continue
+    return root.absolute().parent.name
+
+
+def find_latest(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint whose every byte is good; None if there is none. Needs neither torch nor a database.
+
+    Args:
+        directory: A run directory, or the `checkpoints` directory in it.
+    """
+    root = Path(directory)
+    if not steps_on_disk(root):
+        root = root / rundir.CHECKPOINTS_DIR
+    try:
+        run_id = rundir.read_identity(root.absolute().parent).run_id
+    except (FileNotFoundError, rundir.Damaged):
+        run_id = run_id_inside(root)
+    step = newest_valid(root, run_id=run_id)
+    return None if step is None else root / step_name(step)
+
+
 # --- tidying, by the owner only ------------------------------------------------------------
 
 
@@ -650,7 +677,7 @@ def prune(
     good: list[Kept] = []
     for step, directory in there:
         # What the newest few are worth is proven byte by byte; of the others the manifest will do.
-        is_needed = len(good) < rules.last
+        is_needed = len(good) < max(2, rules.last)
         if step not in known_good and (found := _look(directory, run_id, starts, whole=is_needed)):
             known_good[step] = found
         if step in known_good:

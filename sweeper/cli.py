@@ -279,8 +279,13 @@ def _logs(options: Options) -> int:
 
 def _verify(options: Options) -> int:
     """Check every byte of checkpoints; exit 1 when one is invalid. Needs no database."""
+    from sweeper.report.verify import latest
     from sweeper.report.verify import main as verify
 
+    if options.latest is not None:
+        if options.names or options.json:
+            raise UsageError("--latest takes one directory and nothing else")
+        return latest(options.latest)
     return verify(options.names, data_dir=_data_dir(options), as_json=options.json)
 
 
@@ -378,6 +383,9 @@ def _logs_arguments(parser: Parser) -> None:
 
 def _verify_arguments(parser: Parser) -> None:
     parser.add_argument("names", metavar="RUN|DIR", nargs="*", help="runs or directories; default: all runs")
+    parser.add_argument(
+        "--latest", metavar="DIR", help="print the newest valid checkpoint of a run directory"
+    )
     _add_json(parser)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,39 +65,45 @@ def _write_small(fd: int, image: memoryview) -> str:
 
 
 def _write_beside_hashing(fd: int, image: memoryview) -> str:
+    with ThreadPoolExecutor(max_workers=1 + _WRITERS) as pool:  # left when all have ended
+        hashing = pool.submit(_hash, image)
+        writing = [pool.submit(_write_part, fd, image, number) for number in range(_WRITERS)]
+    for part in writing:
+        part.result()
+    return hashing.result()
+
+
+def _hash(image: memoryview) -> str:
     hasher = blake3()
-    failures: list[OSError] = []
-    hashing = threading.Thread(target=_hash, args=(hasher, image))
-    writing = [threading.Thread(target=_write_part, args=(fd, image, k, failures)) for k in range(_WRITERS)]
-    for thread in (hashing, *writing):
-        thread.start()
-    for thread in (hashing, *writing):
-        thread.join()
-    if failures:
-        raise failures[0]
+    for start in range(0, image.nbytes, _CHUNK_BYTES):
+        hasher.update(image[start : start + _CHUNK_BYTES])
     return hasher.hexdigest()
 
 
-def _hash(hasher: blake3, image: memoryview) -> None:
-    for start in range(0, image.nbytes, _CHUNK_BYTES):
-        hasher.update(image[start : start + _CHUNK_BYTES])
-
-
-def _write_part(fd: int, image: memoryview, number: int, failures: list[OSError]) -> None:
+def _write_part(fd: int, image: memoryview, number: int) -> None:
     """Every `_WRITERS`-th chunk. The last, which may end inside a page, is written through the cache."""
-    try:
-        for start in range(number * _CHUNK_BYTES, image.nbytes, _WRITERS * _CHUNK_BYTES):
-            end = min(start + _CHUNK_BYTES, image.nbytes)
-            whole = end // PAGE_BYTES * PAGE_BYTES
-            _pwrite(fd, image, start, whole)
-            if whole < end:
-                buffered = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
-                try:
-                    _pwrite(buffered, image, whole, end)
-                finally:
-                    os.close(buffered)
-    except OSError as error:
-        failures.append(error)
+    for start in range(number * _CHUNK_BYTES, image.nbytes, _WRITERS * _CHUNK_BYTES):
+        end = min(start + _CHUNK_BYTES, image.nbytes)
+        done = _pwrite_whole_pages(fd, image, start, end)
+        if done < end:
+            buffered = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+            try:
+                _pwrite(buffered, image, done, end)
+            finally:
+                os.close(buffered)
+
+
+def _pwrite_whole_pages(fd: int, image: memoryview, start: int, end: int) -> int:
+    """Write past the cache; returns how far that went: some file systems take O_DIRECT, but no such write."""
+    whole = end // PAGE_BYTES * PAGE_BYTES
+    while start < whole:
+        try:
+            start += os.pwrite(fd, image[start:whole], start)
+        except OSError as error:
+            if error.errno not in _REFUSES_DIRECT:
+                raise
+            return start
+    return start
 
 
 def _pwrite(fd: int, image: memoryview, start: int, end: int) -> None:

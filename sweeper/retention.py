@@ -13,7 +13,8 @@ class Keep:
     Attributes:
         last: The newest so many, at least 2.
         best: The best so many by their value.
-        every: Those whose step is a multiple of it, for ever; 0: none.
+        every: The first at or after each multiple of it, for ever; 0: none. A save beside the training
+            may begin some steps late, so that no step need be a multiple itself.
         direction: Of the value, `minimize` or `maximize`.
     """
 
@@ -47,5 +48,15 @@ def doomed(steps: Collection[int], good: Sequence[Kept], rules: Keep) -> set[int
     ranked = sorted((sign * kept.value, kept.step) for kept in good if kept.value is not None)
     best = {step for _, step in ranked[: rules.best]}
     pinned = {kept.step for kept in good if kept.is_pinned}
-    kept_for_ever = {kept.step for kept in good if rules.every and kept.step % rules.every == 0}
+    kept_for_ever = _firsts([kept.step for kept in good], rules.every)
     return {step for step in steps if step < newest[-1]} - best - pinned - kept_for_ever
+
+
+def _firsts(steps: Collection[int], every: int) -> set[int]:
+    """The first step in each of `[every, 2·every)`, `[2·every, 3·every)`, …."""
+    if not every:
+        return set()
+    by_span: dict[int, int] = {}
+    for step in sorted(steps):
+        by_span.setdefault(step // every, step)
+    return set(by_span.values()) - {by_span.get(0)}

@@ -171,8 +171,10 @@ class Supervisor:
                 )
         else:
             renewed_boot_s = before
-            for channel in (attempt.channel, attempt.saver)[: 1 + attempt.has_saver]:
-                self._tell(channel, "deadline", at=before + self._times.fence_s)
+            self._tell(attempt.channel, "deadline", at=before + self._times.fence_s)
+            if attempt.has_saver:  # it may be busy for long, or stopped: a full socket is no reason to wait
+                with contextlib.suppress(ChannelClosed):
+                    attempt.saver.offer("deadline", at=before + self._times.fence_s)
         return renewed_boot_s
 
     def _check_times(self, attempt: Attempt, started: float, stop_at_s: float | None) -> float | None:

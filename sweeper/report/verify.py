@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints, rundir
-from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, CheckpointRefused, NotFound
+from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, NotFound, NotWell
 from sweeper.report import places, rows, tables
 
 
@@ -55,6 +55,22 @@ def main(names: list[str], *, data_dir: Path, as_json: bool) -> int:
     bad = sum(not verdict["valid"] for verdict in found)
     print(_summary(num_runs=len(targets), num_checkpoints=len(found), num_bad=bad), file=sys.stderr)
     return EXIT_NOT_WELL if bad else EXIT_OK
+
+
+def latest(directory: str) -> int:
+    """Print the path of the newest valid checkpoint, and nothing else: for shell scripts.
+
+    Args:
+        directory: A run directory, or its `checkpoints` directory.
+
+    Raises:
+        NotWell: There is none.
+    """
+    found = checkpoints.find_latest(directory)
+    if found is None:
+        raise NotWell(f"{directory} has no valid checkpoint", do=f"`sweeper verify {directory}` says why.")
+    print(found)
+    return EXIT_OK
 
 
 def _summary(*, num_runs: int, num_checkpoints: int, num_bad: int) -> str:
@@ -109,17 +125,7 @@ def _checkpoints_target(root: Path, *, only: str | None = None) -> Target:
     run = run_target(root.parent)
     if rundir.RUN_ID.match(run.run_id):
         return Target(root, run.run_id, run.config_digest, only, run.problem)
-    return Target(root, _run_id_inside(root), only=only)
-
-
-def _run_id_inside(root: Path) -> str:
-    """The run that a copied checkpoints directory says it is of; they must all agree on it."""
-    for _, directory in checkpoints.steps_on_disk(root):
-        try:
-            return checkpoints.read_manifest(directory).run_id
-        except CheckpointRefused:
-            continue
-    return root.parent.name
+    return Target(root, checkpoints.run_id_inside(root), only=only)  # they must all agree on it
 
 
 # --- verdicts ------------------------------------------------------------------------------

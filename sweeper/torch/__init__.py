@@ -13,8 +13,9 @@ def train(cfg, run):
 Without a sweep, `with open_run("out/mine") as run:` takes the place of what the function was given.
 """
 
+from sweeper.checkpoints import find_latest
 from sweeper.torch.loop import Loop, resumable
-from sweeper.torch.standalone import find_latest, open_run
+from sweeper.torch.standalone import open_run
 from sweeper.trainer.run import Preempted, Run, TrialPruned
 
 __all__ = ["Loop", "Preempted", "Run", "TrialPruned", "find_latest", "open_run", "resumable"]

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sweeper import checkpoints, clock
-from sweeper.checkpoints import Manifest
+from sweeper.checkpoints import Content, Manifest
 from sweeper.errors import CheckpointRefused
 from sweeper.torch.cadence import Cadence
 from sweeper.torch.order import OrderedLoader, derived_seed, seed_generators
@@ -28,6 +28,7 @@ from sweeper.torch.state import (
     set_rng_state,
 )
 from sweeper.trainer.commits import Plan
+from sweeper.trainer.main import is_out_of_memory
 from sweeper.trainer.run import NoValidCheckpoint, Run, TrialPruned
 from sweeper.trainer.saver import Done
 
@@ -35,6 +36,7 @@ MODEL_FILE = "model.pth"
 OPTIMIZER_FILE = "optimizer.pt"
 RNG_FILE = "rng_state.pt"
 GRADIENTS_FILE = "gradients.pt"
+DATA_FILE = "data.pt"
 STATE_FILE = "state.json"
 STAGE = "train"
 STATE_VERSION = 1
@@ -55,6 +57,7 @@ def resumable(run: Run, *, model: torch.nn.Module, loader: DataLoader[Any], **pa
 
     Raises:
         NoValidCheckpoint: Checkpoints were committed once, and none can be used.
+        ConfigError: The loader cannot be resumed, or checkpoint.export_weights cannot be filled in.
     """
     loop = Loop(run, model=model, loader=loader, parts={k: v for k, v in parts.items() if v is not None})
     loop._restore()
@@ -110,7 +113,9 @@ class Loop:
         self._saves = Saves(run, is_beside=bool(run.spec.checkpoint.get("async_save", True)))
         self._saved = (0, 0)  # step and batches accumulated of the last save that was begun
         self._saved_at_s = clock.awake_s()
-        self._is_asked_to_save = self._is_asked_to_pin = self._has_saved = False
+        self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = self._has_saved = False
+        self._is_pinning = False  # the save in flight is a pinned one
+        self._exports = self._export_paths()
         self._has_changed_ranks = False
 
     # --- the user's side -------------------------------------------------------------------
@@ -154,7 +159,7 @@ class Loop:
                 self.step_in_epoch += 1
                 self._num_accumulated += 1
                 self._is_at_end = self._loader.advance()
-                self.is_update = self._num_accumulated == accumulate or self._is_at_end
+                self.is_update = self._num_accumulated >= accumulate or self._is_at_end
                 self.step += self.is_update
                 yield batch
                 self._boundary()
@@ -250,19 +255,22 @@ class Loop:
             return Decision.STOP, reason
         if self._is_last_step:
             return Decision.FINISH, ""
-        if self.is_update and not self._saves.is_busy and self._is_due(is_epoch_end=is_epoch_end):
-            return Decision.SAVE, ""
+        if self.is_update and self._is_due(is_epoch_end=is_epoch_end):
+            if self._is_asked_to_save:  # this very step is meant
+                self._settle_save(self._saves.wait())
+            if not self._saves.is_busy:
+                return Decision.SAVE, ""
         return Decision.GO_ON, ""
 
     def _is_due(self, *, is_epoch_end: bool) -> bool:
-        self._is_asked_to_save |= self._cadence.is_due(
+        self._is_overdue |= self._cadence.is_due(
             steps=self.step - self._saved[0],
             seconds=clock.awake_s() - self._saved_at_s,
             is_epoch_end=is_epoch_end,
             blocked_s=self._saves.blocked_s,
             took_s=self._saves.took_s,
         )
-        return self._is_asked_to_save
+        return self._is_asked_to_save or self._is_overdue
 
     def _flush_row(self, *, epoch: int | None = None) -> None:
         row, self._row = self._row, {}
@@ -288,14 +296,17 @@ class Loop:
                 return
             try:
                 offset = self._run.settle_metrics()
-                has_begun = self._saves.begin(self._plan(), self._files(states, offset), wait=wait)
+                has_begun = self._saves.begin(
+                    self._plan(), self._files(states, offset), wait=wait, is_asked=self._is_asked_to_save
+                )
             except OSError as error:
                 self._complain(error, is_last=is_last or self._is_last_step)
                 return
             if not has_begun:
                 return  # room is being made; still due at the next step
             self._saved, self._saved_at_s = self._position, clock.awake_s()
-            self._is_asked_to_save = self._is_asked_to_pin = False
+            self._is_pinning = self._is_asked_to_pin
+            self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = False
             self._settle_save(self._saves.wait() if wait else self._saves.poll(), is_last=is_last)
 
     @property
@@ -309,6 +320,7 @@ class Loop:
         if not isinstance(done.error, OSError):
             raise done.error
         self._run.metrics.distrust()
+        self._is_asked_to_pin |= self._is_pinning
         self._saved = (0, 0) if self._saved[0] == done.step else self._saved
         self._complain(done.error, is_last=is_last or self._is_last_step, step=done.step)
 
@@ -320,7 +332,7 @@ class Loop:
         print(f"[CHECKPOINT] {text}", flush=True)
         self._run.complain(text)
         self._saved_at_s = clock.awake_s()
-        self._is_asked_to_save = False
+        self._is_asked_to_save = self._is_overdue = False
 
     def _save_last(self) -> None:
         """The last step of a run is always checkpointed: also after `break`, or when pruned."""
@@ -329,11 +341,15 @@ class Loop:
         self._saves.close()
 
     def _plan(self) -> Plan:
-        settings, value = self._run.spec.checkpoint, self._run.last_value
-        pattern = settings.get("export_weights")
-        exports = {} if not pattern else {MODEL_FILE: self._run.export_path(str(pattern), stage=STAGE)}
+        value = self._run.last_value
         finite = value if value is not None and abs(value) < float("inf") else None
-        return self._run.plan(self.step, value=finite, is_pinned=self._is_asked_to_pin, exports=exports)
+        return self._run.plan(
+            self.step, value=finite, is_pinned=self._is_asked_to_pin, exports=dict(self._exports)
+        )
+
+    def _export_paths(self) -> dict[str, str]:
+        pattern = self._run.spec.checkpoint.get("export_weights")
+        return {} if not pattern else {MODEL_FILE: self._run.export_path(str(pattern), stage=STAGE)}
 
     def _states(self) -> dict[str, Any]:
         """The states of all ranks, on rank 0. Collective."""
@@ -355,8 +371,11 @@ class Loop:
         return files
 
     def _files(self, states: dict[str, Any], metrics_offset: int) -> dict[str, Any]:
+        if data := self._loader.state_dict():
+            states[DATA_FILE] = data
         if not self._has_saved:
-            check_restorable({name: states[name] for name in (MODEL_FILE, OPTIMIZER_FILE)})
+            names = [name for name in (MODEL_FILE, OPTIMIZER_FILE, DATA_FILE) if name in states]
+            check_restorable({name: states[name] for name in names})
             self._has_saved = True
         counters = json.dumps(self._counters(metrics_offset), indent=2, sort_keys=True)
         return {**states, STATE_FILE: counters.encode()}
@@ -383,8 +402,6 @@ class Loop:
         }
         if self._num_accumulated:
             counters["accumulated"] = {"batches": self._num_accumulated, "row": self._row}
-        if data := self._loader.state_dict():
-            counters["data"] = data
         if self._ranks.world_size > 1:
             counters["ranks"] = {"world_size": self._ranks.world_size}
         if self._ranks.world_size > 1 or self._has_changed_ranks:
@@ -397,6 +414,7 @@ class Loop:
         """Rank 0 names candidates; one that any rank refuses is refused by all."""
         run, ranks = self._run, self._ranks
         refused: list[Path] = []
+        last_reason = ""
         for directory in ranks.from_first(run.candidates() if ranks.is_first else None):
             reason: str | None = None
             try:
@@ -406,6 +424,7 @@ class Loop:
                 reason = str(error)
             if problem := ranks.agreed(reason):
                 refused.append(directory)
+                last_reason = f"step {checkpoints.step_of(directory)}: {reason or problem}"
                 if ranks.is_first:
                     run.refuse(checkpoints.step_of(directory), reason or problem)
                 continue
@@ -414,7 +433,9 @@ class Loop:
             self._is_replaying = True
             return
         if ranks.from_first(run.was_ever_committed() if ranks.is_first else None):
-            raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)")
+            raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)", why=last_reason)
+        if ranks.is_first:
+            print(f"[RESUME] {run.run_id}: no checkpoint found, starting fresh", flush=True)
 
     def _read(self, directory: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any]]:
         """Verify, unpickle and check everything, before the first object is changed.
@@ -422,14 +443,15 @@ class Loop:
         Raises:
             CheckpointRefused: With the reason.
         """
-        manifest, contents = self._run.read(directory)
+        contents: dict[str, Content] = {}
         try:
+            manifest, contents = self._run.read(directory)
             state = json.loads(contents[STATE_FILE].data)
             loaded = {name: load(name, contents[name]) for name in contents if name != STATE_FILE}
             self._check(state, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
             if manifest.config_digest != self._run.spec.config_digest:
                 raise CheckpointRefused("it was made with another config.yaml")
-            self._loader.check(state.get("data"))
+            self._loader.check(loaded.get(DATA_FILE))
         except (KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise _unfit(error) from error
         finally:
@@ -460,7 +482,7 @@ class Loop:
         gradient_file = dict(enumerate(rank_files(GRADIENTS_FILE, saved_size))).get(self._ranks.rank, "")
         if gradient_file in loaded:
             set_gradients(self._modules(), loaded[gradient_file])
-        self._take_counters(state)
+        self._take_counters(state, loaded.get(DATA_FILE))
         if self._has_changed_ranks and self._ranks.is_first:
             print(
                 f"[RESUME] {self._run.run_id}: from {saved_size} ranks to {self._ranks.world_size}: no sample is repeated or "
@@ -475,14 +497,14 @@ class Loop:
         seed_generators(derived_seed(self._run.seed, "rank", self._ranks.rank, step))
         return rng_state()
 
-    def _take_counters(self, state: Mapping[str, Any]) -> None:
+    def _take_counters(self, state: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
         self.step = state["global_step"]
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         accumulated = state.get("accumulated", {"batches": 0, "row": {}})
         self._num_accumulated, self._row = accumulated["batches"], dict(accumulated["row"])
         self._saved = self._position
         self.best_value = state["best_loss"]
-        self._loader.load_state_dict(state.get("data"))
+        self._loader.load_state_dict(data)
         self._loader.position = state.get("position", self._loader.position_of(self.step_in_epoch))
         step_and_value = state["metadata"].get("last_report")
         self._last_report = (
@@ -498,6 +520,9 @@ class Loop:
         check_architecture(model, self._model)
         if set(parts) != set(self._parts):
             raise CheckpointRefused(f"it holds {sorted(parts)}, this training has {sorted(self._parts)}")
+        for name, part in self._parts.items():
+            if isinstance(part, torch.nn.Module):
+                check_architecture(parts[name], part, name=name)
         saved_size = state.get("ranks", {}).get("world_size", 1)
         if saved_size != self._ranks.world_size:
             self._check_reshardable(state, saved_size)
@@ -515,7 +540,7 @@ class Loop:
 
 
 def _unfit(error: BaseException) -> CheckpointRefused:
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return CheckpointRefused("there was not enough memory to load it")
     return CheckpointRefused("it does not fit this training", why=f"{type(error).__name__}: {error}")
 
@@ -534,7 +559,7 @@ def _plain(config: Any) -> dict[str, Any]:
         return {}
     plain = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(plain, dict)
-    return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
 
 
 def _number(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -135,7 +136,11 @@ class PinnedCopies:
             return self._copy(value, copies) if value.is_cuda else value
         if isinstance(value, dict):
             made = [(key, self._replace(item, copies)) for key, item in value.items()]
-            return value if all(new is value[key] for key, new in made) else type(value)(made)
+            if all(new is value[key] for key, new in made):
+                return value
+            replaced = copy.copy(value)
+            replaced.update(made)
+            return replaced
         if type(value) in (list, tuple):
             return type(value)(self._replace(item, copies) for item in value)
         return value

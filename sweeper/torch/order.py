@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from sweeper.errors import CheckpointRefused, ConfigError
-from sweeper.torch.streams import Stream
+from sweeper.torch.streams import InitProcess, Stream
 
 
 def derived_seed(seed: int, *words: object) -> int:
@@ -174,6 +174,11 @@ class SamplerOrder(Order):
         with _generators_kept():
             seed_generators(seed)
             drawn = list(self._batches)
+        if len(drawn) != len(self):
+            raise ConfigError(
+                f"the sampler {type(self._batches).__name__} says it has length {len(self)}, and gave {len(drawn)}",
+                do="Its __len__ must be right in every epoch.",
+            )
         yield from drawn[self.position :]
 
 
@@ -192,14 +197,14 @@ class SeededSamples(Dataset[Any]):
     """A data set whose every sample is drawn with generators seeded by (seed, epoch, index)."""
 
     def __init__(self, dataset: Dataset[Any], order: Order, seed: int) -> None:
-        self._dataset, self._order, self._seed = dataset, order, seed
+        self.dataset, self._order, self._seed = dataset, order, seed
 
     def __len__(self) -> int:
-        return len(self._dataset)  # type: ignore[arg-type]
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
         seed_generators(derived_seed(self._seed, "sample", self._order.epoch, index))
-        return self._dataset[index]
+        return self.dataset[index]
 
 
 class OrderedLoader:
@@ -220,6 +225,7 @@ class OrderedLoader:
     def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self._seed = seed
         self.position = 0
+        self._is_put_back = False
         self._generator = torch.Generator()
         self._own: Any = loader if hasattr(loader, "state_dict") else None
         self._stream: Stream | None = None
@@ -236,14 +242,19 @@ class OrderedLoader:
             self._loader = self._ordered(loader, self._order)
 
     def _ordered(self, loader: DataLoader[Any], order: Order) -> DataLoader[Any]:
+        how: dict[str, Any] = (
+            {"sampler": order, "batch_size": None}
+            if loader.batch_sampler is None
+            else {"batch_sampler": order}
+        )
         return DataLoader(
             SeededSamples(loader.dataset, order, self._seed) if loader.num_workers else loader.dataset,
-            batch_sampler=order,
+            **how,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=InitProcess(loader.worker_init_fn) if loader.num_workers else None,
             multiprocessing_context=loader.multiprocessing_context,
             # Its own generator: making an iterator must not draw from the global one.
             generator=self._generator,
@@ -291,8 +302,25 @@ class OrderedLoader:
             self._order.epoch, self._order.position = epoch, self.position
             return iter(self._loader)
         if self._stream is not None:
-            return self._stream.epoch(self._loader, is_start=self.position == 0)
-        return iter(self._loader)
+            return self._stream.epoch(self._loader, epoch, is_start=self.position == 0)
+        return self._own_epoch(epoch)
+
+    def _own_epoch(self, epoch: int) -> Iterator[Any]:
+        batches = self._own_iterator(epoch)
+        first = next(batches, _END)
+        # Put back to the end of an epoch, it has that end still ahead.
+        if first is _END and self._is_put_back and self.position == 0:
+            batches = self._own_iterator(epoch)
+            first = next(batches, _END)
+        self._is_put_back = False
+        if first is not _END:
+            yield first
+            yield from batches
+
+    def _own_iterator(self, epoch: int) -> Iterator[Any]:
+        with _generators_kept():  # making an iterator draws from them, and is done anew by a resume
+            seed_generators(derived_seed(self._seed, "loader", epoch))
+            return iter(self._loader)
 
     # --- data that keeps its position itself -----------------------------------------------
 
@@ -316,6 +344,10 @@ class OrderedLoader:
             self._stream.load_state_dict(state["stream"])
         elif self._own is not None and state is not None:
             self._own.load_state_dict(state["loader"])
+            self._is_put_back = True
+
+
+_END = object()
 
 
 def _length(loader: Any) -> int | None:
@@ -342,7 +374,9 @@ def _order_of(loader: DataLoader[Any], seed: int, *, rank: int, world_size: int)
             rank=rank,
             world_size=world_size,
         )
-    if batches is None or _length(batches) is None:
+    if batches is None:  # batch_size=None: the sampler's items are handed out as they are
+        batches = loader.sampler
+    if _length(batches) is None:
         raise ConfigError(
             f"the loader's sampler {type(sampler or loader.sampler).__name__} has no length",
             do="Give it a __len__, or pass a DataLoader with batch_size and shuffle.",

@@ -41,12 +41,13 @@ class Saves:
         """Whether a save, or its preparation, is in flight."""
         return self._saver is not None and self._saver.is_busy
 
-    def begin(self, plan: Plan, files: Mapping[str, Any], *, wait: bool) -> bool:
+    def begin(self, plan: Plan, files: Mapping[str, Any], *, wait: bool, is_asked: bool = False) -> bool:
         """Take a snapshot of `files` and save it; `poll` or `wait` tells what became of it.
 
         Args:
             files: Name → bytes or a state for `torch.save`; may change as soon as this returns.
             wait: There will be no later: it is the last save of an attempt.
+            is_asked: This very step is meant: room is made at once.
 
         Returns:
             False when nothing was begun: room is being made, try again at the next step.
@@ -55,7 +56,7 @@ class Saves:
             SaverLost: The saver was killed.
         """
         started = time.monotonic()
-        places = self._pack(files, wait=wait)
+        places = self._pack(files, wait=wait or is_asked)
         if places is None:
             return False
         size = sum(size for _, size in places.values())

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from sweeper import checkpoints, rundir
 from sweeper.channel import NoLink
-from sweeper.errors import EXIT_RELEASED, CheckpointRefused, ConfigError, SweeperError
+from sweeper.errors import EXIT_RELEASED, ConfigError, SweeperError
 from sweeper.trainer.main import prepare_process
 from sweeper.trainer.run import Preempted, Run, Spec, Stop
 
@@ -56,14 +56,18 @@ class _SignalLink(NoLink):
 class StandaloneRun(Run):
     """A run that no worker stands behind."""
 
-    lock_fd: int
+    lock: Lock
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.finish()
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.end_savers()  # while the directory is still ours
+            self.lock.release()
 
     def preempted(self, reason: str) -> Stop:
         print(f"[RUN] {self.run_id}: stopped at a checkpoint ({reason}); run it again to go on", flush=True)
@@ -101,17 +105,17 @@ def open_run(
     run_dir = Path(directory).absolute()
     root = run_dir / rundir.CHECKPOINTS_DIR
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock_fd = _lock(run_dir)
+    lock = Lock(run_dir)
     epoch = rundir.largest_epoch(run_dir) + 1
     checkpoints.clean(root, lease_epoch=epoch)
     rundir.clean(run_dir)
     spec = Spec(
-        run_dir=str(run_dir), run_id=_run_id(root), sweep="", trial=0, params={}, seed=seed,
+        run_dir=str(run_dir), run_id=checkpoints.run_id_inside(root), sweep="", trial=0, params={}, seed=seed,
         threads=torch.get_num_threads(), attempt=epoch, lease_epoch=epoch, config_digest="", deadline_s=math.inf,
         metric=metric, direction=direction, has_pruner=False, was_committed=False, checkpoint=_settings(checkpoint),
     )  # fmt: skip
     run = StandaloneRun(spec, _SignalLink(signals), config=OmegaConf.create({"trainer": dict(config or {})}))
-    run.lock_fd = lock_fd  # held as long as the process lives
+    run.lock = lock
     prepare_process(spec)
     return run
 
@@ -126,30 +130,27 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **given}
 
 
-def _lock(run_dir: Path) -> int:
-    fd = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise SweeperError(
-            f"{run_dir} is open in another process", do="Wait for it, or use another directory."
-        ) from None
-    return fd
+class Lock:
+    """One process has a run directory, as long as it lives or until `release`.
 
+    Raises:
+        SweeperError: Another one has it.
+    """
 
-def _run_id(root: Path) -> str:
-    """What the checkpoints say, for directories are renamed."""
-    for _, directory in checkpoints.steps_on_disk(root):
+    def __init__(self, run_dir: Path) -> None:
+        self._fd = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            return checkpoints.read_manifest(directory).run_id
-        except CheckpointRefused:
-            continue
-    return root.parent.name
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise SweeperError(
+                f"{run_dir} is open in another process", do="Wait for it, or use another directory."
+            ) from None
+        # A forked loader process outlives us by seconds, and would hold the lock as long.
+        os.register_at_fork(after_in_child=self.release)
 
-
-def find_latest(directory: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint below a run directory whose every byte is good; None if there is none."""
-    root = Path(directory) / rundir.CHECKPOINTS_DIR
-    step = checkpoints.newest_valid(root, run_id=_run_id(root))
-    return None if step is None else root / checkpoints.step_name(step)
+    def release(self) -> None:
+        """Let another process have it; in a forked child: hold it no more."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import random
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 
 from sweeper.checkpoints import Content
 from sweeper.errors import CheckpointRefused, ConfigError
+from sweeper.trainer.main import is_out_of_memory
 
 
 def rng_state() -> dict[str, Any]:
@@ -65,9 +67,9 @@ def load(name: str, content: Content) -> Any:
     source: Any = io.BytesIO(content.data) if content.fd is None else f"/proc/self/fd/{content.fd}"
     try:
         return torch.load(source, weights_only=True, map_location="cpu", mmap=content.fd is not None)
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointRefused(f"{name} does not hold plain tensors", why=why[:300]) from error
 
@@ -95,7 +97,9 @@ def _emptied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.empty(0, dtype=value.dtype)
     if isinstance(value, dict):
-        return type(value)((key, _emptied(item)) for key, item in value.items())
+        made = copy.copy(value)  # of its own kind: that is what is tried
+        made.update({key: _emptied(item) for key, item in value.items()})
+        return made
     if type(value) in (list, tuple):
         return type(value)(_emptied(item) for item in value)
     return value
@@ -122,26 +126,29 @@ def set_gradients(modules: Mapping[str, torch.nn.Module], saved: Mapping[str, to
         raise CheckpointRefused(f"it holds a gradient of {next(iter(left))}, the model has no such parameter")
 
 
-def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module) -> None:
+def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module, *, name: str = "model") -> None:
     """Refuse weights of another model before anything is changed.
+
+    Args:
+        name: What this training calls it.
 
     Raises:
         CheckpointRefused: Naming the first parameter that differs, with both shapes or types.
     """
     present = model.state_dict()
-    for name, tensor in present.items():
-        if name not in saved:
-            raise CheckpointRefused(f"the model has a parameter {name}, the checkpoint has not")
-        if _shape(saved[name]) != _shape(tensor):
+    for key, tensor in present.items():
+        if key not in saved:
+            raise CheckpointRefused(f"the {name} has a parameter {key}, the checkpoint has not")
+        if _shape(saved[key]) != _shape(tensor):
             raise CheckpointRefused(
-                f"parameter {name} has shape {_shape(saved[name])} in the checkpoint, {_shape(tensor)} in the model"
+                f"parameter {key} has shape {_shape(saved[key])} in the checkpoint, {_shape(tensor)} in the {name}"
             )
-        if _dtype(saved[name]) != _dtype(tensor):  # load_state_dict would convert without a word
+        if _dtype(saved[key]) != _dtype(tensor):  # load_state_dict would convert without a word
             raise CheckpointRefused(
-                f"parameter {name} is {_dtype(saved[name])} in the checkpoint, {_dtype(tensor)} in the model"
+                f"parameter {key} is {_dtype(saved[key])} in the checkpoint, {_dtype(tensor)} in the {name}"
             )
-    if extra := [name for name in saved if name not in present]:
-        raise CheckpointRefused(f"the checkpoint has a parameter {extra[0]}, the model has not")
+    if extra := [key for key in saved if key not in present]:
+        raise CheckpointRefused(f"the checkpoint has a parameter {extra[0]}, the {name} has not")
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ SKIP = "skip"
 class Stream:
     """Batches of an IterableDataset, each with the state of the process that made it.
 
-    A loader's processes take turns. A resume puts each process's data set back to its state, and
+    A loader's processes take turns. `set_epoch` is called where there is one. A resume puts each process's data set back to its state, and
     lets those whose turn had been in this round send a placeholder first, so that the turns agree.
 
     Raises:
@@ -49,14 +49,16 @@ class Stream:
             collate_fn=_as_it_is,
             pin_memory=given.pin_memory,
             timeout=given.timeout,
-            worker_init_fn=given.worker_init_fn,
+            worker_init_fn=InitProcess(given.worker_init_fn),
             multiprocessing_context=given.multiprocessing_context,
             generator=generator,
             prefetch_factor=given.prefetch_factor,
         )
 
-    def epoch(self, loader: DataLoader[Any], *, is_start: bool) -> Iterator[Any]:
+    def epoch(self, loader: DataLoader[Any], epoch: int, *, is_start: bool) -> Iterator[Any]:
         """The batches from here to the end of the epoch."""
+        if hasattr(self._given.dataset, "set_epoch"):
+            self._given.dataset.set_epoch(epoch)
         if is_start:
             self._states, self._turn = [None] * self._num_processes, 0
         self._batches.start = (list(self._states), self._turn)
@@ -68,7 +70,7 @@ class Stream:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all processes, and whose turn it is. Must be plain JSON values."""
+        """The states of all processes, and whose turn it is."""
         return {"states": self._states, "turn": self._turn}
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -87,11 +89,24 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+class InitProcess:
+    """`worker_init_fn` of a loader's process, which finds the user's own data set in `get_worker_info()`."""
+
+    def __init__(self, given: Callable[[int], None] | None) -> None:
+        self._given = given
+
+    def __call__(self, process: int) -> None:
+        info: Any = get_worker_info()
+        info.__dict__["dataset"] = info.dataset.dataset  # it refuses to be assigned to
+        if self._given is not None:
+            self._given(process)
+
+
 class _Batches(IterableDataset[Item]):
     """The user's data set, batched in the process that reads it."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._dataset: Any = loader.dataset
+        self.dataset: Any = loader.dataset
         self._batch_size, self._drop_last, self._collate = (
             loader.batch_size,
             loader.drop_last,
@@ -106,9 +121,9 @@ class _Batches(IterableDataset[Item]):
         if process < turn:
             yield process, SKIP, None
         if states[process] is not None:
-            self._dataset.load_state_dict(copy.deepcopy(states[process]))
+            self.dataset.load_state_dict(copy.deepcopy(states[process]))
         samples: list[Any] = []
-        for sample in self._dataset:
+        for sample in self.dataset:
             if self._batch_size is None:
                 yield process, self._collate(sample), self._state()
                 continue
@@ -120,4 +135,4 @@ class _Batches(IterableDataset[Item]):
             yield process, self._collate(samples), self._state()
 
     def _state(self) -> Any:
-        return copy.deepcopy(self._dataset.state_dict())
+        return copy.deepcopy(self.dataset.state_dict())

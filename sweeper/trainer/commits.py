@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sweeper import checkpoints, fsops
+from sweeper import checkpoints, fsops, images
 from sweeper.channel import Link
 from sweeper.checkpoints import Draft
 from sweeper.retention import Keep, Kept
@@ -59,11 +60,11 @@ class Committer:
         self._link = link
         self.known_good: dict[int, Kept] = {}
 
-    def save(self, plan: Plan, images: Mapping[str, memoryview], *, metrics_fd: int | None = None) -> None:
+    def save(self, plan: Plan, files: Mapping[str, memoryview], *, metrics_fd: int | None = None) -> None:
         """Write and commit a checkpoint whose files lie in memory.
 
         Args:
-            images: File name → its bytes, each beginning on a page.
+            files: File name → its bytes, each beginning on a page.
             metrics_fd: The metrics log, made durable before the commit.
 
         Raises:
@@ -72,16 +73,17 @@ class Committer:
         """
         draft = plan.draft()
         try:
-            for name, image in images.items():
+            for name, image in files.items():
                 draft.add_image(name, image)
             if metrics_fd is not None:
                 fsops.fsync_file(metrics_fd, Path(plan.root).parent / "metrics.jsonl")
+            # Before the commit: after the last one nobody would make up for a copy that is missing.
+            for name, path in plan.exports.items():
+                self._export(files[name], Path(path))
             self.commit(draft, plan)
         except OSError:
             draft.discard()
             raise
-        for name, path in plan.exports.items():
-            self._export(images[name], path)
 
     def commit(self, draft: Draft, plan: Plan) -> None:
         """Make a draft the newest checkpoint and prune older ones. Raises as `save`."""
@@ -108,10 +110,17 @@ class Committer:
         """Say something in the worker's log that a person should see."""
         self._link.tell("complaint", text=text)
 
-    def _export(self, image: memoryview, path: str) -> None:
-        """Put a copy for other tools in place; the checkpoint is what counts."""
+    def _export(self, image: memoryview, path: Path) -> None:
+        """Put a copy for other tools in place; the checkpoint is what counts. Raises Fenced."""
+        temporary = fsops.temporary_name(path)
         try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            fsops.replace(Path(path), bytes(image))
+            os.makedirs(path.parent, exist_ok=True)
+            images.write(temporary, image)
+            self.check_lease()
+            fsops.rename(temporary, path)
+            fsops.fsync_dir(path.parent)
         except OSError as error:
             self.complain(f"weights could not be exported to {path}: {error}")
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -116,6 +116,7 @@ class Run:
         self._at_end: list[Callable[[], None]] = []
         self._unwritten: list[tuple[int, dict[str, Any]]] = []
         self.committer = Committer(link)
+        self._savers: list[Saver] = []
         self._parent_step: int | None = None
 
     # --- metrics ---------------------------------------------------------------------------
@@ -378,9 +379,16 @@ class Run:
     def start_saver(self, memory_fd: int) -> Saver:
         """Start the process that saves beside this one."""
         deadline_s = getattr(self._link, "deadline_s", self.spec.deadline_s)
-        return Saver(
+        saver = Saver(
             memory_fd, channel_fd=self._saver_fd, deadline_s=deadline_s, known_good=self.committer.known_good
         )
+        self._savers.append(saver)
+        return saver
+
+    def end_savers(self) -> None:
+        """End the processes that save beside this one; a save in flight is dropped."""
+        for saver in self._savers:
+            saver.close()
 
 
 def checked_value(value: object) -> float:

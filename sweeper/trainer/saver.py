@@ -14,13 +14,14 @@ import json
 import mmap
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sweeper import processes
 from sweeper.channel import Channel, ChannelClosed, Link, NoLink, WorkerLink
@@ -70,12 +71,8 @@ class Saver:
     ) -> None:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.is_busy = False
-        fds = [fd for fd in (theirs.fileno(), channel_fd) if fd >= 0]
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "sweeper.trainer.saver", str(theirs.fileno()), str(channel_fd), str(os.getpid())],
-                stdin=subprocess.DEVNULL, pass_fds=fds,
-            )  # fmt: skip
+            self._process = start_process(theirs.fileno(), channel_fd)
         good = [asdict(kept) for kept in known_good.values()]
         self._send({"kind": "begin", "deadline_s": deadline_s, "known_good": good}, [memory_fd])
 
@@ -124,7 +121,28 @@ class Saver:
             raise self._lost() from None
 
     def _lost(self) -> SaverLost:
-        return SaverLost("the saver process was killed", why=f"wait status {self._process.wait()}")
+        code = self._process.wait()
+        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return SaverLost("the saver process ended in the middle of its work", why=why)
+
+
+class Process(Protocol):
+    """What is needed of a process that was started."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code, negative for a signal."""
+
+
+def start_process(fd: int, channel_fd: int) -> Process:
+    """Start a saver at the other end of `fd`. A fresh process: trainers with CUDA or threads cannot be forked."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sweeper.trainer.saver", str(fd), str(channel_fd), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[open_fd for open_fd in (fd, channel_fd) if open_fd >= 0],
+    )
 
 
 def _error_of(raw: dict[str, Any] | None) -> BaseException | None:
@@ -150,10 +168,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def serve(sock: socket.socket, channel: Channel | None) -> None:
-    """Answer one request after the other."""
+def serve(sock: socket.socket, channel: Channel | None, *, link: Link | None = None) -> None:
+    """Answer one request after the other; `link` is made from the channel, unless it is given."""
     begin, (memory_fd,) = _receive(sock)
-    link: Link = NoLink() if channel is None else WorkerLink(channel, deadline_s=begin["deadline_s"])
+    if link is None:
+        link = NoLink() if channel is None else WorkerLink(channel, deadline_s=begin["deadline_s"])
     link.tell("saver", pid=os.getpid())
     committer = Committer(link)
     committer.known_good = {kept["step"]: Kept(**kept) for kept in begin["known_good"]}
@@ -185,6 +204,8 @@ def serve(sock: socket.socket, channel: Channel | None) -> None:
                 "errno": refused.errno or errno.EIO,
                 "text": refused.strerror or str(refused),
             }
+        except Exception as bug:  # noqa: BLE001 - the trainer says so in its log, and ends
+            error = {"type": type(bug).__name__, "text": f"{type(bug).__name__}: {bug}"}
         for fd in fds:
             os.close(fd)
         step = request.get("plan", {}).get("step", 0)
