@@ -112,13 +112,15 @@ def compose(argv: list[str]) -> tuple[Any, list[str]] | None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     captured: list[Any] = []
 
     def task(cfg: Any) -> None:
         captured.append(cfg)
-        captured.append(list(HydraConfig.get().overrides.task))
+        # As typed: resolved, `trainer.token=${oc.env:HF_TOKEN}` would be the secret itself.
+        captured.append(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
     for name in [name for name in OPTIONAL_VARIABLES if os.environ.get(name) == ""]:
         del os.environ[name]  # set to nothing is not set

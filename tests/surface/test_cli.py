@@ -16,6 +16,7 @@ from filled import Filled, commit_checkpoint, dead_process
 
 from sweeper import cli, rundir
 from sweeper.errors import Fenced, Released, StorageError
+from sweeper.launch import command, settings
 from sweeper.report import logs, status
 
 VERBS = [
@@ -697,3 +698,16 @@ def test_verify_of_nothing(sweeper: Any, tmp_path: Path) -> None:
     assert sweeper("verify", "simple.r.00000").code == 1
     assert sweeper("verify", "nowhere/at/all").code == 1
     assert sweeper("verify", str(tmp_path)).code == 1
+
+
+# --- what a launch remembers ---------------------------------------------------------------
+
+
+def test_a_secret_in_an_override_is_remembered_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-7f3a-do-not-store")
+    typed = ["+sweep=simple", "+trainer.token=${oc.env:HF_TOKEN}", "trainer.epochs=2"]
+    made = command.compose([*typed, "hydra.run.dir=."])
+    assert made is not None
+    again = command._again(typed, made[1])
+    assert again == typed
+    assert "canary" not in json.dumps(settings.read(made[0], command=again).new.config)
