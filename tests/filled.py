@@ -124,7 +124,7 @@ class Filled:
             connection.exec_driver_sql(sql)
 
 
-def commit_checkpoint(run_dir: Path, *, step: int, lease_epoch: int = 1) -> Path:
+def commit_checkpoint(run_dir: Path, *, step: int, lease_epoch: int = 1, weights: str = "model.pth") -> Path:
     """Commit a small valid checkpoint and return its directory."""
     draft = checkpoints.Draft(
         run_dir / rundir.CHECKPOINTS_DIR,
@@ -135,7 +135,7 @@ def commit_checkpoint(run_dir: Path, *, step: int, lease_epoch: int = 1) -> Path
         parent_step=None,
         config_digest=checkpoints.digest(CONFIG),
     )
-    draft.add_bytes("model.pth", b"weights of step %d" % step)
+    draft.add_bytes(weights, b"weights of step %d" % step)
     checkpoints.commit(
         draft,
         check_lease=lambda: None,

@@ -313,6 +313,9 @@ def check_command(cfg: DictConfig) -> None:
         command = Command.from_config({str(key): value for key, value in trainer.items()})
         given = {name: value for name, value in command.env.items() if value is not None}
         command.program({**os.environ, **given})
+        ranks = cfg.launcher.get("ranks_per_worker", 1)
+        do = "A program starts its own ranks: trainer.argv=[torchrun, …]."
+        _need(ranks == 1, "launcher.ranks_per_worker", ranks, do)
 
 
 def check_storage(url: str) -> None:

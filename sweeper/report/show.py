@@ -245,7 +245,7 @@ def best_report(
     problems: list[str] = []
     found = inspect(run, attempts, data_dir=data_dir, problems=problems)
     problems += [f"{places.relative(c.directory)} is not valid: {c.reason}" for c in found if c.reason]
-    valid = [c.directory / WEIGHTS_FILE for c in found if c.reason is None]
+    valid = [_weights(c.directory) for c in found if c.reason is None]
     if not valid:
         problems.append(f"run {run['run_id']} has no valid checkpoint on disk")
     return {
@@ -256,6 +256,12 @@ def best_report(
         "command": again(run, command),
         "problems": problems,
     }
+
+
+def _weights(directory: Path) -> Path:
+    """The file with the weights; the checkpoint itself, where a program calls them something else."""
+    path = directory / WEIGHTS_FILE
+    return path if path.exists() else directory
 
 
 def again(run: RunRow, command: list[str]) -> str:

@@ -573,6 +573,13 @@ def test_best_names_the_newest_weights_that_are_whole(sweeper: Any, filled: Fill
     assert "step_00000020 is not valid: model.pth is missing" in result.err
 
 
+def test_best_names_the_checkpoint_of_a_program_that_calls_its_weights_otherwise(
+    sweeper: Any, filled: Filled
+) -> None:
+    commit_checkpoint(filled.directory(filled.run(0, value=0.9)), step=10, weights="net.bin")
+    assert sweeper("best", "simple", "--json").json["weights"].endswith("checkpoints/step_00000010")
+
+
 def test_best_of_nothing(sweeper: Any, filled: Filled) -> None:
     filled.run(0, state="running")
     result = sweeper("best", "simple")

@@ -140,6 +140,9 @@ def test_a_launch_refuses_what_no_worker_could_start() -> None:
                 settings.read(compose("config", overrides=[*base, f"trainer.argv={argv}"]))
         with pytest.raises(ConfigError, match=r"trainer\.argv names no program"):
             settings.read(compose("config", overrides=base))
+        ranks = ["trainer.argv=[python]", "launcher.ranks_per_worker=2"]
+        with pytest.raises(ConfigError, match="torchrun"):
+            settings.read(compose("config", overrides=[*base, *ranks]))
         cfg = compose(
             "config",
             overrides=[*base, "trainer.argv=[python,train.py]", "+trainer.args.lr=0.1",
