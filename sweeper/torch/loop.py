@@ -401,7 +401,7 @@ class Loop:
             },
         }
         if self._num_accumulated:
-            counters["accumulated"] = {"batches": self._num_accumulated, "row": self._row}
+            counters["accumulated"] = {"batches": self._num_accumulated, "row": list(self._row.items())}  # in its order
         if self._ranks.world_size > 1:
             counters["ranks"] = {"world_size": self._ranks.world_size}
         if self._ranks.world_size > 1 or self._has_changed_ranks:

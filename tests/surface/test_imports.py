@@ -47,6 +47,12 @@ def test_importing_is_light(module: str) -> None:
     assert not loaded_after(f"import {module}") & {*HEAVY, *SLOW}
 
 
+def test_the_adapters_are_extras() -> None:
+    loaded = loaded_after("import sweeper.torch")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"], ["--incomplete"], ["simple", "--state", "running"]])
 def test_listing_is_light(tmp_path: Path, flags: list[str]) -> None:
     filled = Filled(tmp_path)
