@@ -97,7 +97,7 @@ class InitProcess:
 
     def __call__(self, process: int) -> None:
         info: Any = get_worker_info()
-        info.__dict__["dataset"] = info.dataset.dataset  # it refuses to be assigned to
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # it refuses a plain assignment
         if self._given is not None:
             self._given(process)
 
