@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sweeper.errors import CheckpointRefused, ConfigError
 
 Item = tuple[int, Any, Any]
-"""(process, batch, the data set's state after it); the batch is `SKIP` where the turn was over already."""
+"""(process, batch, where the process is after it); the batch is `SKIP` where the turn was over already."""
 SKIP = "skip"
 
 
@@ -36,7 +36,7 @@ class Stream:
         self._given = loader
         self._num_processes = max(1, loader.num_workers)
         self._batches = _Batches(loader)
-        self._states: list[Any] = [None] * self._num_processes
+        self._states: list[dict[str, Any] | None] = [None] * self._num_processes
         self._turn = 0
 
     def loader(self, generator: torch.Generator) -> DataLoader[Any]:
@@ -120,19 +120,22 @@ class _Batches(IterableDataset[Item]):
         states, turn = self.start
         if process < turn:
             yield process, SKIP, None
-        if states[process] is not None:
-            self.dataset.load_state_dict(copy.deepcopy(states[process]))
+        if (place := states[process]) is not None:
+            self.dataset.load_state_dict(copy.deepcopy(place["state"]))
+            if place["is_over"]:
+                return
         samples: list[Any] = []
         for sample in self.dataset:
             if self._batch_size is None:
-                yield process, self._collate(sample), self._state()
+                yield process, self._collate(sample), self._place()
                 continue
             samples.append(sample)
             if len(samples) == self._batch_size:
-                yield process, self._collate(samples), self._state()
+                yield process, self._collate(samples), self._place()
                 samples = []
         if samples and not self._drop_last:
-            yield process, self._collate(samples), self._state()
+            # By now the data set may say that it is at its beginning again.
+            yield process, self._collate(samples), self._place(is_over=True)
 
-    def _state(self) -> Any:
-        return copy.deepcopy(self.dataset.state_dict())
+    def _place(self, *, is_over: bool = False) -> dict[str, Any]:
+        return {"state": copy.deepcopy(self.dataset.state_dict()), "is_over": is_over}
