@@ -97,7 +97,7 @@ class Loop:
         self._is_at_end = False  # the batch in progress is known to be the last of its epoch
         self.best_value: float | None = None
         self._run = run
-        self._ranks = Ranks.here()
+        self._ranks = Ranks.here(wait_s=run.spec.ranks_s)
         self._model = unwrapped(model)
         self._parts = dict(parts)
         self._is_sharded = is_sharded(self._model)
@@ -401,7 +401,10 @@ class Loop:
             },
         }
         if self._num_accumulated:
-            counters["accumulated"] = {"batches": self._num_accumulated, "row": list(self._row.items())}  # in its order
+            counters["accumulated"] = {
+                "batches": self._num_accumulated,
+                "row": list(self._row.items()),
+            }  # in its order
         if self._ranks.world_size > 1:
             counters["ranks"] = {"world_size": self._ranks.world_size}
         if self._ranks.world_size > 1 or self._has_changed_ranks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ class Ranks:
     group: Any = None
 
     @classmethod
-    def here(cls) -> Ranks:
-        """Collective: all ranks must call it."""
+    def here(cls, *, wait_s: float) -> Ranks:
+        """Collective: all ranks must call it. A rank that does not come within `wait_s` is an error."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        return cls(
+            dist.get_rank(),
+            dist.get_world_size(),
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s)),
+        )
 
     @property
     def is_first(self) -> bool:
