@@ -6,6 +6,7 @@ import contextlib
 import copy
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
@@ -26,6 +27,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("sweeper-checkpoint", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
         self.size_bytes = 0
         self._map: mmap.mmap | None = None
         self._pinned = PinnedCopies()

@@ -85,10 +85,14 @@ def check_restorable(states: Mapping[str, Any]) -> None:
             buffer = io.BytesIO()
             torch.save(_emptied(state), buffer)
             load(name, Content(buffer.getvalue()))
-        except CheckpointRefused as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 "what was passed to resumable() could never be restored",
-                why=str(error),
+                why=str(error)
+                if isinstance(error, CheckpointRefused)
+                else f"{name}: {type(error).__name__}: {error}",
                 do="A state_dict may hold tensors, numbers, texts, lists and dicts; convert NumPy values with .item() or torch.from_numpy.",
             ) from error
 
