@@ -16,8 +16,8 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) -p no:cacheprovider
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff format --check sweeper train conf tests bench
-	$(BIN)/ruff check sweeper train conf tests bench
+	$(BIN)/ruff format --check sweeper train conf tests bench examples
+	$(BIN)/ruff check sweeper train conf tests bench examples
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow"
 
