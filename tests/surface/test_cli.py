@@ -718,3 +718,36 @@ def test_a_secret_in_an_override_is_remembered_as_it_was_typed(monkeypatch: pyte
     again = command._again(typed, made[1])
     assert again == typed
     assert "canary" not in json.dumps(settings.read(made[0], command=again).new.config)
+
+
+def test_verify_latest_prints_one_path_and_nothing_else(sweeper: Any, filled: Filled, tmp_path: Path) -> None:
+    """What a shell script's `latest_ckpt` and `is_valid_ckpt` were."""
+    run_dir = filled.directory("simple.r.00000")
+    older, newest = commit_checkpoint(run_dir, step=10), commit_checkpoint(run_dir, step=20)
+    for directory in (run_dir, run_dir / "checkpoints", f"{run_dir}/"):
+        result = sweeper("verify", "--latest", str(directory))
+        assert (result.code, result.out, result.err) == (0, f"{newest}\n", "")
+    (newest / "model.pth").write_bytes(b"X")
+    assert sweeper("verify", "--latest", str(run_dir)).out == f"{older}\n"
+    run_dir.rename(tmp_path / "renamed")
+    assert sweeper("verify", "--latest", "renamed").out == "renamed/checkpoints/step_00000010\n"
+    assert sweeper("verify", "--latest", "renamed/checkpoints").out == "renamed/checkpoints/step_00000010\n"
+
+
+def test_verify_latest_where_there_is_none(sweeper: Any, filled: Filled, tmp_path: Path) -> None:
+    run_dir = filled.directory("simple.r.00000")
+    damaged = commit_checkpoint(run_dir, step=10)
+    (damaged / "model.pth").write_bytes(b"X")
+    for directory in (run_dir, tmp_path / "nowhere", tmp_path):
+        result = sweeper("verify", "--latest", str(directory))
+        assert (result.code, result.out) == (1, "")
+        assert f"{directory} has no valid checkpoint" in result.err
+    assert sweeper("verify", "--latest", str(run_dir), "simple").code == 2
+    assert sweeper("verify", "--latest", str(run_dir), "--json").code == 2
+
+
+def test_verify_latest_takes_no_checkpoint_of_another_run(sweeper: Any, filled: Filled) -> None:
+    one, other = filled.directory("simple.r.00000"), filled.directory("simple.r.00001")
+    mine = commit_checkpoint(other, step=5)
+    commit_checkpoint(one, step=10).rename(other / "checkpoints" / "step_00000010")
+    assert sweeper("verify", "--latest", str(other)).out == f"{mine}\n"

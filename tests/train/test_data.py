@@ -24,9 +24,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from sweeper.errors import ConfigError
+from sweeper.errors import ConfigError, SweeperError
 from sweeper.torch import resumable
-from sweeper.trainer.run import NoValidCheckpoint
 
 FEW = pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 
@@ -228,7 +227,7 @@ def test_a_stream_without_a_position_is_refused(base: Path) -> None:
 def test_another_number_of_processes_is_refused_by_name(base: Path) -> None:
     directory = base / "x.r.00000"
     read(directory, DataLoader(Stream((5,)), batch_size=2), epochs=1, stop_after=2)
-    with pytest.raises(NoValidCheckpoint, match="read by 1 processes, the loader has 2"):
+    with pytest.raises(SweeperError, match="read by 1 processes, the loader has 2"):
         read(directory, DataLoader(Stream((5, 2)), batch_size=2, num_workers=2), epochs=1)
 
 
@@ -313,5 +312,5 @@ def test_loaders_of_ones_own(base: Path, is_eager: bool, has_length: bool) -> No
 def test_another_kind_of_loader_is_refused(base: Path) -> None:
     read(base / "x.r.00000", Own(), epochs=1, stop_after=2)
     loader = DataLoader(Squares(4), batch_size=1)
-    with pytest.raises(NoValidCheckpoint, match="another kind of data loader"):
+    with pytest.raises(SweeperError, match="another kind of data loader"):
         read(base / "x.r.00000", loader, epochs=1)
