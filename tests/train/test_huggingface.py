@@ -197,6 +197,8 @@ def test_killed_again_and_again(sweep: tuple[Place, Final], where: Path) -> None
         pytest.param({"gradient_accumulation_steps": 1, "max_grad_norm": 0.1, "logging_steps": 3}, 21, id="no-accumulation"),
         pytest.param({"bf16": True, "eval_strategy": "epoch", "dataloader_drop_last": True}, 9, id="bfloat16"),
         pytest.param({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_on_start": True}, 12, id="plateau"),
+        pytest.param({"dataloader_num_workers": 2}, 12, id="loader-processes"),
+        pytest.param({"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0}, 12, id="noise"),
     ],
 )  # fmt: skip
 def test_ways_to_train(base: Path, where: Path, changes: dict[str, Any], num_updates: int) -> None:

@@ -23,8 +23,8 @@ from sweeper.errors import ConfigError
 from sweeper.torch import Run, open_run
 
 pytest.importorskip("lightning.pytorch")
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from torchmetrics import MeanMetric
 
 from sweeper.torch.lightning import Resumable
@@ -96,18 +96,70 @@ class Module(LightningModule):
         ]
 
 
-def fit(run: Run, *, patience: int = 9, min_delta: float = 0.0, **changes: Any) -> Trainer:
+class TwoOptimizers(Module):
+    """Manual optimization: a discriminator-like pair of optimizers, stepped by hand."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr)
+        self.automatic_optimization = False
+        self.other = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, part in zip(self.optimizers(), (self.net, self.other), strict=True):
+            loss = ((self.other(self.net(batch[0])) - batch[1]) ** 2).mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.log(f"loss_of_{type(part).__name__}", loss)
+            optimizer.step()
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self) -> Any:
+        first = torch.optim.AdamW(self.net.parameters(), lr=self.hparams["lr"])
+        second = torch.optim.SGD(self.other.parameters(), lr=0.01, momentum=0.9)
+        return [first, second], [torch.optim.lr_scheduler.StepLR(first, 5, 0.5)]
+
+
+class Data(LightningDataModule):
+    """A data module with a state of its own."""
+
+    num_asked = 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        self.num_asked += 1
+        return DataLoader(Noisy(), batch_size=4, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noisy(), batch_size=8)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"marks": [1, 2]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {"marks": [1, 2]}
+
+
+def fit(
+    run: Run,
+    *,
+    patience: int = 9,
+    min_delta: float = 0.0,
+    is_manual: bool = False,
+    is_averaged: bool = False,
+    **changes: Any,
+) -> Trainer:
     warnings.simplefilter("ignore")
+    callbacks = [EarlyStopping("loss", min_delta=min_delta, patience=patience), Resumable(run)]
+    usual = {
+        "max_epochs": EPOCHS, "accumulate_grad_batches": 1 if is_manual else 2, "log_every_n_steps": 1, "logger": False,
+        "val_check_interval": 3, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    if is_averaged:
+        callbacks.append(EMAWeightAveraging(decay=0.8))
     trainer = Trainer(
-        accelerator="cpu", callbacks=[EarlyStopping("loss", min_delta=min_delta, patience=patience), Resumable(run)], enable_checkpointing=False,
-        **{
-            "max_epochs": EPOCHS, "accumulate_grad_batches": 2, "log_every_n_steps": 1, "logger": False,
-            "val_check_interval": 3, "enable_progress_bar": False, "enable_model_summary": False, **changes,
-        },
-    )  # fmt: skip
-    trainer.fit(
-        Module(lr=0.05), DataLoader(Noisy(), batch_size=4, shuffle=True), DataLoader(Noisy(), batch_size=8)
+        accelerator="cpu", callbacks=callbacks, enable_checkpointing=False, **{**usual, **changes}
     )
+    module = TwoOptimizers(lr=0.05) if is_manual else Module(lr=0.05)
+    trainer.fit(module, datamodule=Data())
     strike(*AFTER)
     return trainer
 
@@ -204,6 +256,8 @@ def test_killed_again_and_again(sweep: tuple[Place, Final], where: Path) -> None
         pytest.param({"check_val_every_n_epoch": None, "val_check_interval": 5}, 16, id="validation-across-epochs"),
         pytest.param({"accumulate_grad_batches": 1, "gradient_clip_val": 0.1}, 28, id="no-accumulation"),
         pytest.param({"precision": "bf16-mixed", "val_check_interval": 1.0}, 16, id="bfloat16"),
+        pytest.param({"is_manual": True}, 28, id="manual-optimization"),
+        pytest.param({"is_averaged": True}, 16, id="averaged-weights"),
     ],
 )  # fmt: skip
 def test_ways_to_train(base: Path, where: Path, changes: dict[str, Any], num_updates: int | None) -> None:
