@@ -20,7 +20,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine, make_url
 
 from sweeper import processes, schema
-from sweeper.errors import ConfigError, StorageError
+from sweeper.errors import ConfigError, StorageBusy, StorageError
 
 BUSY_TIMEOUT_S = 20.0
 _ALLOWS_NETWORK = "allow_network_file_system"
@@ -127,6 +127,7 @@ def explained(url: str) -> Iterator[None]:
 
 
 def _explain(url: str, why: str) -> StorageError:
+    kind = StorageBusy if "locked" in why else StorageError
     if "locked" in why:
         do = "Another process holds its write lock; find it (e.g. with `fuser`), or wait, and run the same command again."
     elif "not a database" in why or "malformed" in why:
@@ -137,7 +138,7 @@ def _explain(url: str, why: str) -> StorageError:
         do = "Free some space; nothing is lost, run the same command again."
     else:
         do = "Nothing is lost on disk; run the same command again once the database answers."
-    return StorageError(f"the database {shown(url)} cannot be used", why=why, do=do)
+    return kind(f"the database {shown(url)} cannot be used", why=why, do=do)
 
 
 # --- file systems --------------------------------------------------------------------------

@@ -6,10 +6,12 @@ SweeperError (1)
 ├── NotWell (1)               the thing asked about is not well
 ├── ConfigError (78)          configuration, storage or machine must be changed first
 │   └── StorageError (78)     the database cannot be used
+│       └── StorageBusy (75)  it is locked; later it will do
 ├── Fenced (76)               the lease is lost: somebody else owns the run
 ├── Released (75)             work was handed back; run the same command again
 └── CheckpointError (1)       a checkpoint cannot be written or used
     └── CheckpointRefused (1) this one is not valid; the next candidate is tried
+        └── Misfit (1)        its bytes are sound, but it is of another training than this one
 """
 
 from __future__ import annotations
@@ -78,6 +80,12 @@ class StorageError(ConfigError):
     """The database cannot be used: locked, foreign, newer than the code, not writable."""
 
 
+class StorageBusy(StorageError):
+    """The database is locked by somebody else; the same command may do later."""
+
+    exit_code = EXIT_RELEASED
+
+
 class Fenced(SweeperError):
     """The lease is lost: another owner has the run, so nothing more may be written."""
 
@@ -96,3 +104,7 @@ class CheckpointError(SweeperError):
 
 class CheckpointRefused(CheckpointError):
     """One checkpoint is not valid; the next older candidate is tried."""
+
+
+class Misfit(CheckpointRefused):
+    """A sound checkpoint of another training: its code, its data or the machine has changed since."""

@@ -517,6 +517,12 @@ class Store:
                 raise SweeperError(
                     f"run {run_id} cannot be retried", why=why, do="Only a failed or cancelled run can, once."
                 )
+            if row.state == State.CANCELLED and sweep_rows.is_full(connection, row.sweep_id):
+                raise SweeperError(
+                    f"run {run_id} cannot be retried",
+                    why="another trial has taken the place of the cancelled one, and the sweep is full",
+                    do="Launch it with a higher sweep.n_trials first.",
+                )
             execute(connection, "UPDATE sweeper_run SET is_retried=:t WHERE run_id=:r", t=True, r=run_id)
             study_id = execute(
                 connection, "SELECT study_id FROM sweeper_sweep WHERE sweep_id=:s", s=row.sweep_id

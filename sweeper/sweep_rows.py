@@ -61,6 +61,17 @@ def count_left(connection: Connection, sweep_id: int) -> int:
     return max(0, int(left))
 
 
+def is_full(connection: Connection, sweep_id: int) -> bool:
+    """Whether all trials of the sweep are drawn, cancelled or not."""
+    left = execute(
+        connection,
+        f"SELECT n_trials - (SELECT count(*) FROM sweeper_run WHERE sweep_id=:s AND state IN ({_COUNTED}) "
+        "AND is_retried=:f) FROM sweeper_sweep WHERE sweep_id=:s",
+        s=sweep_id, f=False,
+    ).scalar_one()  # fmt: skip
+    return int(left) <= 0
+
+
 def reserve_number(connection: Connection, sweep_id: int) -> int:
     """A run number nobody else gets."""
     after = execute(

@@ -31,10 +31,12 @@ from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
 from sweeper.tracking import Tracker, TrackingSettings
-from sweeper.trainer.run import Spec, in_attempt
+from sweeper.trainer.run import DISK_FAULTS, Spec, in_attempt
 from sweeper.trainer.warm import TrainerServer, num_ranks, uses_cuda, wants_plain
 
 IDLE_POLL_S = 0.2
+DISK_REST_S = 5.0
+MAX_REFUSALS = 10
 
 
 def log(text: str) -> None:
@@ -114,6 +116,7 @@ class Worker:
         self._store, self._sweep, self._data_dir, self._name = store, sweep, data_dir, name
         self._stop, self._threads = stop, threads
         self._me = processes.identify()
+        self._rest_until_s, self._num_refusals = 0.0, 0
         self._search = Search(store, sweep)
         self._times = LeaseTimes(**sweep.config["lease"])
         self._observer = Observer(ttl_s=self._times.ttl_s)
@@ -130,6 +133,9 @@ class Worker:
         if count := self._store.adopt_orphans(self._sweep.sweep_id):
             log(f"[RESUME] {count} trials of the study had no run; they are drawn again")
         while self._stop.check() is None:
+            if time.monotonic() < self._rest_until_s:
+                time.sleep(IDLE_POLL_S)
+                continue
             claim = self._find()
             if claim is not None:
                 self._handle(claim)
@@ -183,6 +189,20 @@ class Worker:
             self._take(claim)
         except Fenced as error:
             log(f"[LEASE] {error}")
+        except OSError as error:
+            self._num_refusals += 1
+            if error.errno not in DISK_FAULTS or self._num_refusals > MAX_REFUSALS:
+                raise
+            self._hand_back(claim, error)
+
+    def _hand_back(self, claim: Claim, error: OSError) -> None:
+        """The disk refused before or after a training: the run did nothing wrong, and costs no budget."""
+        ending = Ending(Outcome.LOST, f"{error.strerror} ({error.filename})", is_disk_fault=True)
+        decision = recovery.after(ending, count=0, retry={}, on_invalid="")
+        lease = replace(claim.lease, lease_epoch=self._store.run(claim.run.run_id).lease_epoch)
+        log(_sentence(claim.run, ending, decision))
+        self._store.release(lease, ending, not_before=clock.wall_s() + decision.back_off_s)
+        self._rest_until_s = time.monotonic() + DISK_REST_S
 
     def _take(self, claim: Claim) -> None:
         run = claim.run
@@ -288,6 +308,7 @@ class Worker:
         rundir.clean(run_dir)
         checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch)
         log_path = rundir.attempt_log(run_dir, run.attempts)
+        self._num_refusals = 0  # the disk has taken all that a training begins with
         ending = self._supervisor.run(
             run, lease, spec, log_path, on_start=lambda: self._track(run, lease, run_dir)
         )
@@ -467,6 +488,19 @@ def _unadopted(store: Store, sweep: Sweep, run: Run, data_dir: Path) -> Run | No
     return None
 
 
+def check_data_dir(store: Store, sweep: Sweep, data_dir: Path) -> None:
+    """Raise ConfigError when the database tells of checkpoints and results, and none of them is here."""
+    if next(rundir.run_dirs(data_dir, sweep.name), None) is not None:
+        return
+    missing = [run for run in store.runs(sweep.sweep_id) if run.checkpoint_step is not None]
+    if missing:
+        raise ConfigError(
+            f"{data_dir} holds no run of sweep {sweep.name!r}, though the database knows of {len(missing)} with checkpoints",
+            why="it is another data directory, or its disk is not mounted",
+            do="Name the right one with data_dir= or --data-dir; nothing was changed.",
+        )
+
+
 def tidy_final(store: Store, sweep: Sweep, data_dir: Path) -> None:
     """Remove markers that outlived their finished run, and close superseded runs half closed."""
     for run in store.runs(sweep.sweep_id, [state for state in State if state not in INCOMPLETE]):
@@ -538,6 +572,7 @@ def _work(
     if wants_plain(found.config):
         server.go_plain()
     threads = int(os.environ.get("SWEEPER_THREADS", "1"))
+    check_data_dir(store, found, data_dir)
     tidy_final(store, found, data_dir)
     worker = Worker(
         store,

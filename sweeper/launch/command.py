@@ -255,8 +255,9 @@ def start(
     template: Template | None = None,
 ) -> int:
     """Start workers for what is left of a sweep and follow them; returns the exit code."""
-    from sweeper.worker import tidy_final
+    from sweeper.worker import check_data_dir, tidy_final
 
+    check_data_dir(store, sweep, data_dir)
     tidy_final(store, sweep, data_dir)
     left, incomplete = store.count_left(sweep.sweep_id)
     store.close()

@@ -20,7 +20,15 @@ from pathlib import Path
 from types import FrameType
 
 from sweeper import clock
-from sweeper.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RELEASED, ConfigError
+from sweeper.errors import (
+    EXIT_CONFIG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_RELEASED,
+    ConfigError,
+    StorageError,
+    SweeperError,
+)
 from sweeper.launch.progress import Display, final_report
 from sweeper.launch.settings import thread_count
 from sweeper.launch.tensorboard import Board, BoardSettings
@@ -239,7 +247,7 @@ class Local:
         if slot.pipe is not None:
             os.close(slot.pipe)
             slot.pipe = None
-        if self._stop is None and code not in (EXIT_OK, EXIT_CONFIG) and self._is_work_left():
+        if self._stop is None and code not in (EXIT_OK, EXIT_CONFIG) and self._is_work_left(display):
             self._plan_respawn(slot, display, code)
 
     def _plan_respawn(self, slot: Slot, display: Display, code: int) -> None:
@@ -258,9 +266,13 @@ class Local:
         )
         slot.not_before_s = time.monotonic() + wait_s or 1e-9
 
-    def _is_work_left(self) -> bool:
-        with Reading(self._storage) as reading:
-            return not reading.progress(self._sweep)["is_complete"]
+    def _is_work_left(self, display: Display) -> bool:
+        try:
+            with Reading(self._storage) as reading:
+                return not reading.progress(self._sweep)["is_complete"]
+        except SweeperError as error:
+            display.line(f"[LAUNCH] {error}")
+            return isinstance(error, StorageError)  # it may come back; a sweep that is gone does not
 
     def _start(self, slot: Slot) -> None:
         out_r, out_w = os.pipe()

@@ -18,6 +18,7 @@ from sweeper.states import State
 
 PLAIN_EVERY_S = 10.0
 LIVE_EVERY_S = 0.25
+BAR_FROM_COLUMNS = 100
 
 
 class Display:
@@ -63,7 +64,7 @@ class Display:
             self.line(f"[LAUNCH] {error}")
             return
         if self._live is not None:
-            self._live.update(_picture(progress), refresh=True)
+            self._live.update(_picture(progress, width=self._live.console.width), refresh=True)
             return
         text = sweep_line(sweep_view(progress, data_dir=Path()))
         if text != self._last_line:
@@ -71,7 +72,8 @@ class Display:
             self.line(text)
 
 
-def _picture(progress: Any) -> Any:
+def _picture(progress: Any, *, width: int) -> Any:
+    """One line a running trial: its step is what must be seen, then its id, the rest as there is room."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -84,18 +86,28 @@ def _picture(progress: Any) -> Any:
     if best:
         head += f"   best {progress['metric']} {tables.number(best['value'])} ({best['run_id']})"
     grid = Table.grid(padding=(0, 2))
+    open_runs = progress["open_runs"]
+    longest = {
+        "run": max((len(run["run_id"]) for run in open_runs), default=0),
+        "step": max((len(tables.steps(run)) for run in open_runs), default=0),
+    }
+    columns = ["run", *(["bar"] if width >= BAR_FROM_COLUMNS else []), "step", "attempt", "params"]
+    for name in columns:
+        is_needed = name in ("run", "step")
+        grid.add_column(no_wrap=True, overflow="ellipsis", min_width=longest[name] if is_needed else None)
     for run in progress["open_runs"]:
         total = run["total_steps"] or 0
         bar = ProgressBar(
             total=total or 1, completed=min(run["global_step"], total) if total else 0, width=30
         )
-        grid.add_row(
-            run["run_id"],
-            bar,
-            f"step {tables.steps(run)}",
-            f"attempt {run['attempts']}",
-            tables.escape(tables.short_params(run["params"])),
-        )
+        cells = {
+            "run": run["run_id"],
+            "bar": bar,
+            "step": tables.steps(run),
+            "attempt": f"attempt {run['attempts']}" if width >= BAR_FROM_COLUMNS else f"#{run['attempts']}",
+            "params": tables.escape(tables.short_params(run["params"])),
+        }
+        grid.add_row(*(cells[name] for name in columns))
     return Group(Text(head, style="bold"), grid)
 
 

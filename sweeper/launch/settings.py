@@ -149,12 +149,17 @@ def check_values(config: dict[str, Any]) -> None:
     """Refuse values that could only fail later."""
     sweep, launcher, lease = config["sweep"], config["launcher"], config["lease"]
     _need(
-        _is_count(sweep["n_trials"]) and sweep["n_trials"] >= 1,
+        _is_count(sweep["n_trials"]) and 1 <= sweep["n_trials"] <= 10**9,
         "sweep.n_trials",
         sweep["n_trials"],
         "Use a number of trials, at least 1.",
     )
-    _need(_is_count(sweep["seed"]), "sweep.seed", sweep["seed"], "Use a whole number.")
+    _need(
+        _is_count(sweep["seed"]) and abs(sweep["seed"]) < 2**63,
+        "sweep.seed",
+        sweep["seed"],
+        "Use a whole number of at most 63 bits.",
+    )
     _need(
         sweep["direction"] in ("minimize", "maximize"),
         "sweep.direction",
@@ -187,7 +192,7 @@ def check_values(config: dict[str, Any]) -> None:
     )
     keep = config["checkpoint"]["keep_last"]
     _need(
-        isinstance(keep, int) and keep >= 2,
+        _is_count(keep) and keep >= 2,
         "checkpoint.keep_last",
         keep,
         "Use at least 2: one may turn out to be damaged.",
@@ -220,7 +225,7 @@ def check_values(config: dict[str, Any]) -> None:
         "Use a path such as out/{stage}.pth, or null.",
     )
     for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
-        _need(isinstance(value, int) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
+        _need(_is_count(value) and value >= 0, key, value, "Use a number of attempts, 0 or more.")
     known = {"heartbeat_s", "ttl_s", "progress_s", "grace_s", "ranks_s"}
     _need(set(lease) == known, "lease", sorted(lease), f"It has {', '.join(sorted(known))}.")
     for key in sorted(known):
@@ -240,7 +245,7 @@ def check_values(config: dict[str, Any]) -> None:
     )
     gpus = launcher.get("gpus_per_worker", 0)
     _need(
-        isinstance(gpus, int) and gpus >= 0,
+        _is_count(gpus) and gpus >= 0,
         "launcher.gpus_per_worker",
         gpus,
         "Use a number of devices, 0 for none.",
@@ -257,7 +262,7 @@ def check_values(config: dict[str, Any]) -> None:
     )
     workers = launcher.get("n_workers", 1)
     _need(
-        isinstance(workers, int) and 1 <= workers <= 10_000,
+        _is_count(workers) and 1 <= workers <= 10_000,
         "launcher.n_workers",
         workers,
         "Use a number of workers, at least 1.",

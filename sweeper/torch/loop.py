@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from sweeper import checkpoints, clock
 from sweeper.checkpoints import Content, Manifest
-from sweeper.errors import CheckpointRefused
+from sweeper.errors import CheckpointRefused, ConfigError, Misfit
 from sweeper.torch.cadence import Cadence
 from sweeper.torch.order import OrderedLoader, derived_seed, seed_generators
 from sweeper.torch.ranks import Ranks, is_sharded, put_whole_states, rank_files, unwrapped, whole_states
@@ -29,7 +29,7 @@ from sweeper.torch.state import (
 )
 from sweeper.trainer.commits import Plan
 from sweeper.trainer.main import is_out_of_memory
-from sweeper.trainer.run import NoValidCheckpoint, Run, TrialPruned
+from sweeper.trainer.run import NoValidCheckpoint, Run, TrialPruned, say
 from sweeper.trainer.saver import Done
 
 MODEL_FILE = "model.pth"
@@ -329,7 +329,7 @@ class Loop:
             raise error
         at = self.step if step is None else step
         text = f"checkpoint of step {at} could not be saved: {error}; the older one stands"
-        print(f"[CHECKPOINT] {text}", flush=True)
+        say(f"[CHECKPOINT] {text}")
         self._run.complain(text)
         self._saved_at_s = clock.awake_s()
         self._is_asked_to_save = self._is_overdue = False
@@ -418,6 +418,7 @@ class Loop:
         run, ranks = self._run, self._ranks
         refused: list[Path] = []
         last_reason = ""
+        unfit: Misfit | None = None
         for directory in ranks.from_first(run.candidates() if ranks.is_first else None):
             reason: str | None = None
             try:
@@ -425,6 +426,7 @@ class Loop:
                 self._apply_parts(loaded[OPTIMIZER_FILE])  # the model last: it was checked, it will fit
             except CheckpointRefused as error:
                 reason = str(error)
+                unfit = unfit or (error if isinstance(error, Misfit) else None)
             if problem := ranks.agreed(reason):
                 refused.append(directory)
                 last_reason = f"step {checkpoints.step_of(directory)}: {reason or problem}"
@@ -435,10 +437,18 @@ class Loop:
             run.resumed(manifest, refused=refused)
             self._is_replaying = True
             return
+        if unfit is not None:  # sound checkpoints: what has changed is the code, or the machine
+            if unfit.__cause__ is not None and is_out_of_memory(unfit.__cause__):
+                raise MemoryError(str(unfit))
+            raise ConfigError(
+                f"no checkpoint of run {run.run_id} fits this training",
+                why=last_reason,
+                do="Nothing was changed. Put the training back as it was, cancel the run, or start it fresh with resume.mode=never.",
+            )
         if ranks.from_first(run.was_ever_committed() if ranks.is_first else None):
             raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)", why=last_reason)
         if ranks.is_first:
-            print(f"[RESUME] {run.run_id}: no checkpoint found, starting fresh", flush=True)
+            say(f"[RESUME] {run.run_id}: no checkpoint found, starting fresh")
 
     def _read(self, directory: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any]]:
         """Verify, unpickle and check everything, before the first object is changed.
@@ -451,10 +461,9 @@ class Loop:
             manifest, contents = self._run.read(directory)
             state = json.loads(contents[STATE_FILE].data)
             loaded = {name: load(name, contents[name]) for name in contents if name != STATE_FILE}
-            self._check(state, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
+            self._check_fit(state, loaded)
             if manifest.config_digest != self._run.spec.config_digest:
                 raise CheckpointRefused("it was made with another config.yaml")
-            self._loader.check(loaded.get(DATA_FILE))
         except (KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise _unfit(error) from error
         finally:
@@ -487,10 +496,9 @@ class Loop:
             set_gradients(self._modules(), loaded[gradient_file])
         self._take_counters(state, loaded.get(DATA_FILE))
         if self._has_changed_ranks and self._ranks.is_first:
-            print(
+            say(
                 f"[RESUME] {self._run.run_id}: from {saved_size} ranks to {self._ranks.world_size}: no sample is repeated or "
-                "skipped, but the bits differ from here on from those of an undisturbed run",
-                flush=True,
+                "skipped, but the bits differ from here on from those of an undisturbed run"
             )
         if self._ranks.is_first:
             self._run.open_metrics(state["metrics_offset"])
@@ -513,6 +521,14 @@ class Loop:
         self._last_report = (
             None if step_and_value is None else (int(step_and_value[0]), float(step_and_value[1]))
         )
+
+    def _check_fit(self, state: dict[str, Any], loaded: Mapping[str, Any]) -> None:
+        """Raise Misfit when a sound checkpoint is of another training."""
+        try:
+            self._check(state, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
+            self._loader.check(loaded.get(DATA_FILE))
+        except CheckpointRefused as error:
+            raise Misfit(error.what, why=error.why) from error
 
     def _check(self, state: dict[str, Any], model: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         if difference := _difference(state["args"], _plain(self._run.config)):
@@ -544,8 +560,8 @@ class Loop:
 
 def _unfit(error: BaseException) -> CheckpointRefused:
     if is_out_of_memory(error):
-        return CheckpointRefused("there was not enough memory to load it")
-    return CheckpointRefused("it does not fit this training", why=f"{type(error).__name__}: {error}")
+        return Misfit("there was not enough memory to load it")
+    return Misfit("it does not fit this training", why=f"{type(error).__name__}: {error}")
 
 
 def _difference(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from sweeper import checkpoints, processes, rundir
 from sweeper.channel import Channel, ChannelClosed, Message, WorkerLink
 from sweeper.errors import EXIT_FENCED, EXIT_RELEASED, CheckpointError, ConfigError, Fenced
 from sweeper.trainer.run import (
+    DISK_FAULTS,
     BadValue,
     NoValidCheckpoint,
     Preempted,
@@ -34,12 +35,12 @@ from sweeper.trainer.run import (
     TrialPruned,
     checked_value,
     in_attempt,
+    say,
 )
 from sweeper.trainer.saver import SaverLost
 
 MAX_TRACEBACK_CHARS = 20_000
 PEER_WAIT_S = 10.0
-DISK_FAULTS = frozenset({5, 28, 30, 122})  # EIO, ENOSPC, EROFS, EDQUOT
 
 
 def be_trainer(spec: Spec, channel: Channel, *, log_fd: int, saver_fd: int) -> int:
@@ -63,7 +64,7 @@ def be_first(spec: Spec, channel: Channel, *, saver_fd: int) -> int:
     try:
         return train_and_tell(spec, link, saver_fd=saver_fd)
     except ChannelClosed:
-        print("[RUN] the worker is gone; this attempt ends here", file=sys.stderr, flush=True)
+        say("[RUN] the worker is gone; this attempt ends here")
         return EXIT_RELEASED
 
 
@@ -77,7 +78,7 @@ def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
         link.tell("preempted", reason=str(stop))
         return EXIT_RELEASED
     except Fenced as error:
-        print(f"[RUN] {error}", file=sys.stderr, flush=True)
+        say(f"[RUN] {error}")
         link.tell("fenced", reason=str(error))
         return EXIT_FENCED
     except NoValidCheckpoint as error:
@@ -87,9 +88,9 @@ def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a user's code raises is an outcome
         if is_lost := spec.num_ranks > 1 and _is_another_ranks(error):
-            print(f"[RUN] another rank is gone or hangs: {error}", file=sys.stderr, flush=True)
+            say(f"[RUN] another rank is gone or hangs: {error}")
             time.sleep(PEER_WAIT_S)  # torchrun ends us meanwhile, and its end tells how that rank ended
-        return _tell_error(error, link, is_lost=is_lost)
+        return _tell_error(error, link, run, is_lost=is_lost)
     else:
         link.tell(verdict.pop("kind"), **verdict)
     return 0
@@ -113,13 +114,10 @@ def train(run: Run) -> Message:
         raise
 
 
-def _tell_error(error: BaseException, link: WorkerLink, *, is_lost: bool = False) -> int:
-    if isinstance(error, TrainingFailed):
-        text = ""  # what it printed says more
-        print(f"[RUN] {error}", file=sys.stderr, flush=True)
-    else:
-        text = traceback.format_exc()
-        print(text, file=sys.stderr, flush=True)
+def _tell_error(error: BaseException, link: WorkerLink, run: Run, *, is_lost: bool = False) -> int:
+    # Of a program, what it printed says more than a traceback of ours.
+    text = "" if isinstance(error, TrainingFailed) else traceback.format_exc()
+    say(text or f"[RUN] {error}")
     is_plain = isinstance(error, ConfigError | BadValue | TrainingFailed)
     reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
     link.tell(
@@ -129,7 +127,7 @@ def _tell_error(error: BaseException, link: WorkerLink, *, is_lost: bool = False
         is_bad_value=isinstance(error, BadValue),
         is_config=isinstance(error, ConfigError),
         is_oom=is_out_of_memory(error),
-        is_disk_fault=_is_disk_fault(error),
+        is_disk_fault=_is_disk_fault(error, run.directory),
         is_lost=is_lost
         or _is_loader_killed(error)
         or isinstance(error, SaverLost)
@@ -160,14 +158,24 @@ def _is_loader_killed(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "is killed by signal: Killed" in str(error)
 
 
-def _is_disk_fault(error: BaseException) -> bool:
+def _is_disk_fault(error: BaseException, run_dir: Path) -> bool:
+    """The disk refused what this run writes: below its directory, or to the attempt's log.
+
+    A fault at another path is the training's own affair: waiting would not mend it.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
     return any(
-        isinstance(link, CheckpointError | OSError) and getattr(link, "errno", None) in DISK_FAULTS
+        isinstance(link, CheckpointError | OSError)
+        and getattr(link, "errno", None) in DISK_FAULTS
+        and _is_ours(getattr(link, "filename", None), run_dir)
         for link in chain
     )
+
+
+def _is_ours(filename: object, run_dir: Path) -> bool:
+    return filename is None or Path(os.fsdecode(str(filename))).absolute().is_relative_to(run_dir)
 
 
 def load_training(spec: Spec) -> tuple[Callable[[Any, Run], object], Any]:
@@ -197,7 +205,7 @@ def find_function(target: str) -> Callable[[Any, Run], object]:
     module, _, name = target.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # also a SyntaxError: no trial could do better
         raise ConfigError(
             f"trainer._target_={target} cannot be imported",
             why=f"{type(error).__name__}: {error}",

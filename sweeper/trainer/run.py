@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,13 @@ from sweeper.trainer.commits import Committer, Plan
 from sweeper.trainer.saver import Saver
 
 PROGRESS_EVERY_S = 0.25
+DISK_FAULTS = frozenset({5, 28, 30, 122})  # EIO, ENOSPC, EROFS, EDQUOT
+
+
+def say(text: str) -> None:
+    """One line in the attempt's log. A full disk may refuse it; that must end no training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 class Stop(BaseException):
@@ -138,7 +146,8 @@ class Run:
         path = self.directory / rundir.METRICS_FILE
         self._metrics = MetricsLog(path, offset=offset, check_lease=self._check_lease)
         if self._metrics.warning:
-            print(f"[RESUME] {self.run_id}: {self._metrics.warning}", flush=True)
+            say(f"[RESUME] {self.run_id}: {self._metrics.warning}")
+            self.complain(self._metrics.warning)
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Append a row to the metrics log; W&B and TensorBoard follow it.
@@ -299,7 +308,7 @@ class Run:
 
     def refuse(self, step: int, reason: str) -> None:
         """Say in both logs why a candidate is not used."""
-        print(f"[RESUME] {self.run_id}: checkpoint step {step} refused: {reason}", flush=True)
+        say(f"[RESUME] {self.run_id}: checkpoint step {step} refused: {reason}")
         self._link.tell("refused", step=step, reason=reason)
 
     def resumed(self, manifest: Manifest, *, refused: Iterable[Path]) -> None:
@@ -307,7 +316,7 @@ class Run:
         step = manifest.step
         self._parent_step = step
         self.committer.known_good[step] = checkpoints.kept(manifest)
-        print(f"[RESUME] {self.run_id}: going on from step {step}", flush=True)
+        say(f"[RESUME] {self.run_id}: going on from step {step}")
         self._link.ask("resumed", step=step)
         checkpoints.condemn(self.checkpoints_dir, refused)
 

@@ -124,7 +124,10 @@ def serve(sock: socket.socket, kind: Kind) -> None:
     processes.adopt_orphans()
     kind.prepare()
     while True:
-        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST_BYTES, NUM_FDS)
+        try:
+            data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST_BYTES, NUM_FDS)
+        except ConnectionResetError:  # the worker was killed with something unread
+            return
         if not data:
             return
         pid = kind.start(data, fds)

@@ -298,6 +298,7 @@ def work(place: Place, *, probe: Probe | None = None) -> Callable[[], int]:
     def run() -> int:
         worker.Supervisor = InlineSupervisor  # type: ignore[assignment,misc]  # in this child only
         recovery.MAX_BACK_OFF_S = 0.0
+        worker.DISK_REST_S = 0.0
         if probe is not None:
             fsops.probe = probe
         try:

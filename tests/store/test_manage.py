@@ -155,3 +155,15 @@ def test_upgrading_says_where_it_stands(
 ) -> None:
     assert manage.upgrade(storage=store.url, data_dir=data_dir) == EXIT_OK
     assert capsys.readouterr().out == f"schema {schema.HEAD} already; nothing to do\n"
+
+
+def test_a_cancelled_run_whose_place_is_taken_cannot_be_retried(store: Store, data_dir: Path) -> None:
+    """The trial it promised would never be drawn; with a higher n_trials it is."""
+    sweep = sweeps.make(store, n_trials=1)
+    cancelled = draw(store, sweep, data_dir)
+    cancel(cancelled.run.run_id, store, data_dir)
+    sweeps.complete(store, draw(store, sweep, data_dir))
+    with pytest.raises(SweeperError, match="another trial has taken the place"):
+        store.retry(cancelled.run.run_id)
+    store.update_sweep(sweep.name, n_trials=2, config=sweep.config)
+    assert store.retry(cancelled.run.run_id) == 2

@@ -19,16 +19,16 @@ from sweeper.database import (
     refuse_network_file_system,
     upgrade_schema,
 )
-from sweeper.errors import EXIT_CONFIG, ConfigError, StorageError
+from sweeper.errors import EXIT_CONFIG, EXIT_RELEASED, ConfigError, StorageError
 from sweeper.records import Sweep
 from sweeper.store import Store
 
 
-def refusal(act: Callable[[], object]) -> str:
-    """What the user is told; every refusal says what to do and exits with 78."""
+def refusal(act: Callable[[], object], *, exit_code: int = EXIT_CONFIG) -> str:
+    """What the user is told; every refusal says what to do, and most exit with 78."""
     with pytest.raises(StorageError) as caught:
         act()
-    assert caught.value.exit_code == EXIT_CONFIG
+    assert caught.value.exit_code == exit_code
     assert caught.value.do
     text = str(caught.value)
     assert "\n" not in text
@@ -226,7 +226,7 @@ def test_a_locked_database_is_waited_for_then_reported(
     impatient: float, store: Store, holder: sqlite3.Connection
 ) -> None:
     started = time.monotonic()
-    text = refusal(lambda: Store(store.url))
+    text = refusal(lambda: Store(store.url), exit_code=EXIT_RELEASED)
     assert time.monotonic() - started >= impatient
     assert "cannot be used: database is locked. Another process holds its write lock" in text
     holder.rollback()
@@ -243,7 +243,7 @@ def test_a_write_to_a_locked_database_changes_nothing_and_works_later(impatient:
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
 
-    assert "locked" in refusal(lambda: store.record_checkpoint(claim.lease, step=5))
+    assert "locked" in refusal(lambda: store.record_checkpoint(claim.lease, step=5), exit_code=EXIT_RELEASED)
     assert store.sweep("simple") == sweep, "readers are not held up"
     holder.rollback()
     holder.close()

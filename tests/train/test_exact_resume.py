@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sweeper import checkpoints, processes, rundir
 from sweeper.channel import Message
+from sweeper.errors import ConfigError
 from sweeper.torch import Run, resumable
 from sweeper.trainer.run import NoValidCheckpoint, Spec
 
@@ -229,10 +230,10 @@ def trained(tmp_path: Path) -> Path:
     return directory
 
 
-def refused(training: Training, run: Run) -> str:
+def refused(training: Training, run: Run, error: type[Exception] = ConfigError) -> str:
     """Why the newest checkpoint is not used; nothing may have changed by then."""
     before = training.values()
-    with pytest.raises(NoValidCheckpoint):
+    with pytest.raises(error):
         training.go(run)
     assert training.values() == before
     return str(run._link.refusals[0])  # type: ignore[attr-defined]
@@ -293,4 +294,4 @@ def test_another_amount_of_data_is_named(trained: Path) -> None:
 def test_another_configuration_without_a_difference_that_a_trainer_sees(trained: Path) -> None:
     run = new_run(trained, lease_epoch=2, width=3, lr=0.1)
     run.spec = replace(run.spec, config_digest="other")
-    assert "another config.yaml" in refused(Training(width=3), run)
+    assert "another config.yaml" in refused(Training(width=3), run, NoValidCheckpoint)

@@ -259,7 +259,7 @@ REFUSED: dict[str, str] = {
     "lease.ttl_s=20": "at least three heartbeats",
     "lease.heartbeat_s=0": "lease.heartbeat_s=0",
     "lease.progress_s=-1": "lease.progress_s=-1",
-    "lease.hartbeat_s=5": "grace_s, heartbeat_s, progress_s, ttl_s",
+    "lease.hartbeat_s=5": "grace_s, heartbeat_s, progress_s, ranks_s, ttl_s",
     "sweep.stop_after_s=0": "sweep.stop_after_s=0",
     "tracking.tensorboard.enabled=perhaps": "tracking.tensorboard.enabled='perhaps'",
     "tracking.tensorboard.auto=perhaps": "tracking.tensorboard.auto='perhaps'",
