@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from sweeper.trainer.saver import Done, Saver
 BESIDE_FROM_BYTES = 4 << 20
 BESIDE_FROM_S = 0.05
 """A saver process costs 0.1 s once: what is saved faster than that is saved at once."""
+COMPLAIN_AFTER_S = 60.0
 
 
 class Saves:
@@ -34,6 +36,7 @@ class Saves:
         self._saver: Saver | None = None
         self._done: Done | None = None
         self._wanted_bytes = 0
+        self._complain_at_s = math.inf
         self.blocked_s = self.took_s = 0.0
 
     @property
@@ -66,6 +69,7 @@ class Saves:
         else:
             memory_bytes, metrics_fd = self._memory.size_bytes, self._run.metrics.fd
             self._start().save(plan, places, size_bytes=memory_bytes, metrics_fd=metrics_fd)
+            self._complain_at_s = time.monotonic() + max(COMPLAIN_AFTER_S, 10 * self.took_s)
         self.blocked_s = time.monotonic() - started
         return True
 
@@ -84,6 +88,7 @@ class Saves:
         done, self._done = self._done, None
         if done is None and self._saver is not None:
             done = self._saver.poll(wait_s=wait_s)
+            self._complain_once(done)
         if done is not None and done.kind == "allocate":
             if done.error is None:
                 self._memory.grow(self._wanted_bytes)
@@ -91,6 +96,15 @@ class Saves:
         if done is not None:
             self.took_s = done.seconds
         return done
+
+    def _complain_once(self, done: Done | None) -> None:
+        """A saver that hangs would be noticed by nobody: training goes on."""
+        if done is not None or not self.is_busy or time.monotonic() < self._complain_at_s:
+            return
+        self._complain_at_s = math.inf
+        self._run.complain(
+            f"a save has been under way for {COMPLAIN_AFTER_S:.0f} s; training goes on, but nothing newer is saved until it ends"
+        )
 
     def close(self) -> None:
         """End the saver."""

@@ -87,6 +87,26 @@ def test_training_goes_on_while_a_saver_is_stopped(directory: Path, beside: None
     assert find_latest(directory) == run.checkpoints_dir / checkpoints.step_name(STEPS)
 
 
+def test_a_save_that_takes_for_ever_is_complained_of(
+    directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saves, "COMPLAIN_AFTER_S", 0.0)
+    run = new_run(directory, checkpoint={"every_n_steps": 1})
+
+    def each(loop: Loop) -> None:
+        if loop.step == 3:
+            loop._saves.wait()
+            os.kill(loop._saves._saver._process.pid, signal.SIGSTOP)  # type: ignore[union-attr]
+        if loop.step == 8:
+            os.kill(loop._saves._saver._process.pid, signal.SIGCONT)  # type: ignore[union-attr]
+            loop._saves.wait()
+
+    go(run, each)
+    texts = [said["text"] for said in link(run).said("complaint")]
+    assert len([text for text in texts if "a save has been under way" in text]) >= 1
+    assert steps(run)[0] == STEPS
+
+
 def test_never_two_saves_in_flight(directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = saver.Saver.save
     calls: list[int] = []
