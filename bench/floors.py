@@ -104,6 +104,12 @@ def step_s() -> float:
     return float(answer_of(python("floor_pace.py", 500), timeout_s=60)["step_s"])
 
 
+def disk(*, size_mb: int, repeats: int) -> dict[str, Any]:
+    """Rows 9 and 10: `write_s`, write and fsync of the bytes of a save; `read_s`, a plain cold read of them."""
+    with processes.scratch() as directory:
+        return answer_of(python("floor_disk.py", directory, size_mb, repeats), timeout_s=180)
+
+
 def copy_ms(*, size_mb: int, repeats: int) -> Cell:
     """Row 8: a memory copy into a warm buffer."""
     return series(python("floor_copy.py", size_mb, repeats + 1), "stall_s", scale=1e3)

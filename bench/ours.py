@@ -91,6 +91,19 @@ def stall_ms(*, size_mb: int, repeats: int, every: int = 5) -> Cell:
     return Series(tuple(1e3 * (max(window) - idle_s) for window in windows if len(window) == every))
 
 
+def saves(*, size_mb: int, repeats: int) -> tuple[dict[str, Any], list[float]]:
+    """Rows 9 to 11: what saves of a large state were like, and seconds to load the last, cold. Raises Failed."""
+    with processes.scratch() as directory:
+        answer = answer_of(python("ours_save.py", directory / "run", size_mb, repeats), timeout_s=300)
+        loads = [
+            float(
+                answer_of(python("ours_save.py", directory / "run", size_mb, "load"), timeout_s=120)["load_s"]
+            )
+            for _ in range(repeats)
+        ]
+    return answer, loads
+
+
 def boundaries_s(events: list[trace.Event]) -> dict[int, float]:
     """Step → seconds between the end of its body and the begin of the next one's."""
     begins = {event.step: event.at_s for event in events if event.name == "begin"}

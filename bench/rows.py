@@ -8,10 +8,10 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from bench import failures, floors, ours, peers, processes, trials
+from bench import failures, floors, intervals, ours, peers, processes, trials
 from bench.failures import Victim
 from bench.processes import Failed
-from bench.table import Cell, Goal, Line, Missing, Series, above, at_most, below
+from bench.table import Cell, Goal, Line, Missing, Series, above, at_least, at_most, below
 
 MEAN_KILL_S = 10.0
 Say = Callable[[str], None]
@@ -32,6 +32,7 @@ class Size:
     runs: int = 100_000
     window_s: float = 120.0
     size_mb: int = 300
+    save_sizes_mb: tuple[int, ...] = (30, 300, 1200)
 
 
 QUICK = Size(
@@ -257,6 +258,61 @@ def stall(bench: Bench) -> Iterator[Line]:
     yield Line("8", f"a {size_mb} MB save keeps the loop waiting", "ms", mine, floor, goal, others)
 
 
+def saves(bench: Bench) -> Iterator[Line]:
+    """Row 9, in three lines for each size."""
+    for size_mb in bench.size.save_sizes_mb:
+        mine, loads = ours.saves(size_mb=size_mb, repeats=bench.size.repeats)
+        floor = floors.disk(size_mb=size_mb, repeats=bench.size.repeats)
+        copy = floors.copy_ms(size_mb=size_mb, repeats=bench.size.repeats)
+        others = {}
+        if size_mb == bench.size.size_mb:
+            makers = {name: peers.STALLS[name] for name in peers.TOTALS if name in peers.STALLS}
+            others = bench.beside(
+                {
+                    name: partial(peers.total_ms, kind, size_mb=size_mb, repeats=bench.size.repeats)
+                    for name, kind in makers.items()
+                }
+            )
+        ms = {key: Series(tuple(1e3 * value for value in mine[key])) for key in ("total_s", "blocked_s")}
+        disk_ms = {key: Series(tuple(1e3 * value for value in floor[key])) for key in ("write_s", "read_s")}
+        within, reading = Goal("≤ 1.3 × floor", at_most(1.3)), Goal("≤ 1.5 × floor", at_most(1.5))
+        yield Line("9", f"a {size_mb} MB save blocks beside real steps", "ms", ms["blocked_s"], copy, within)
+        yield Line(
+            "9",
+            f"a {size_mb} MB save in all, hashed",
+            "ms",
+            ms["total_s"],
+            disk_ms["write_s"],
+            within,
+            others,
+        )
+        load_ms = Series(tuple(1e3 * value for value in loads))
+        yield Line("9", f"load and verify {size_mb} MB, cold", "ms", load_ms, disk_ms["read_s"], reading)
+        fast = Goal("≥ 0.9", above(0.9))
+        yield Line(
+            "9",
+            f"training's speed beside a {size_mb} MB save",
+            "share",
+            Series((mine["speed"],)),
+            Series((1.0,)),
+            fast,
+        )
+
+
+def auto_interval(bench: Bench) -> Iterator[Line]:
+    """Row 10."""
+    mine, loads = ours.saves(size_mb=bench.size.size_mb, repeats=bench.size.repeats)
+    blocked_s, took_s = (Series(tuple(mine[key])).median for key in ("blocked_s", "total_s"))
+    for mtbf_s in (60.0, 600.0, 6000.0):
+        auto, auto_s, best, best_s = intervals.compare(
+            mtbf_s=mtbf_s, blocked_s=blocked_s, took_s=took_s, restart_s=Series(tuple(loads)).median
+        )
+        title = f"goodput of interval=auto ({auto_s:.3g} s; best fixed {best_s:.3g} s), failure each {mtbf_s:.0f} s"
+        yield Line(
+            "10", title, "share", Series((auto,)), Series((best,)), Goal("≥ 0.97 × best", at_least(0.97))
+        )
+
+
 ROWS: dict[str, tuple[str, Callable[[Bench], Iterator[Line]]]] = {
     "1": ("trial", trial_cost),
     "2": ("start", first_start),
@@ -266,6 +322,8 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Iterator[Line]]]] = {
     "6": ("everything", everything_killed),
     "7": ("goodput", goodput),
     "8": ("stall", stall),
+    "9": ("saves", saves),
+    "10": ("auto", auto_interval),
 }
 """Number → (name, what measures it)."""
 

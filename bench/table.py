@@ -139,6 +139,15 @@ def at_most(factor: float) -> Callable[..., bool | None]:
     return reached
 
 
+def at_least(factor: float) -> Callable[..., bool | None]:
+    """Ours ≥ factor × floor."""
+
+    def reached(ours: Series, floor: Cell, _: dict[str, Cell]) -> bool | None:
+        return ours.median >= factor * floor.median if isinstance(floor, Series) else None
+
+    return reached
+
+
 def below(limit: float) -> Callable[..., bool | None]:
     """Ours ≤ limit."""
     return lambda ours, floor, peers: ours.median <= limit

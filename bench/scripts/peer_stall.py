@@ -98,6 +98,9 @@ def ray_report(directory: Path, size_mb: int, repeats: int) -> list[float]:
     return [float(word) for word in Path(directory, "stalls").read_text().split()]
 
 
+totals_s: list[float] = []
+
+
 def stalls(model: Any, optimizer: Any, save: Save, repeats: int, *, pause_s: float) -> list[float]:
     """Seconds that each save kept the loop waiting; the first one, which warms buffers, is not counted."""
     seconds = []
@@ -108,6 +111,7 @@ def stalls(model: Any, optimizer: Any, save: Save, repeats: int, *, pause_s: flo
         seconds.append(time.monotonic() - started)
         if hasattr(pending, "result"):
             pending.result()
+        totals_s.append(time.monotonic() - started)
         time.sleep(pause_s)
     return seconds[1:]
 
@@ -126,4 +130,5 @@ if __name__ == "__main__":
     }
     save = makers[kind](directory, model, optimizer)
     pause_s = 3.0 if kind == "lightning_async" else 0.1
-    answer({"stall_s": stalls(model, optimizer, save, repeats, pause_s=pause_s)})
+    stall_s = stalls(model, optimizer, save, repeats, pause_s=pause_s)
+    answer({"stall_s": stall_s, "total_s": totals_s[1:]})

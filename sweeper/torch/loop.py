@@ -182,6 +182,16 @@ class Loop:
         if (self.step, self._num_accumulated) == self._saved:  # outside the loop no boundary comes
             self._flush_row()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is written beside the training at this moment."""
+        return self._saves.is_busy
+
+    @property
+    def saves(self) -> Saves:
+        """What the last save cost: `blocked_s` it kept the loop waiting, `took_s` in all."""
+        return self._saves
+
     def save(self, *, pin: bool = False) -> None:
         """Ask for a checkpoint at the boundary of this step, whatever the cadence says.
 
