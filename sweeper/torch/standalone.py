@@ -13,6 +13,7 @@ exit code 75; started again, it goes on.
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import signal
@@ -99,9 +100,13 @@ def open_run(
             `interval`, `async_save`, `keep_last`, `keep_best`, `keep_every_n_steps`, `export_weights`.
 
     Raises:
-        ConfigError: There is no such setting.
+        ConfigError: There is no such setting, or no such value of it.
         SweeperError: Another process has the directory open.
     """
+    settings, trainer = (
+        _settings(checkpoint),
+        json.loads(json.dumps(dict(config or {}), default=_plain_value)),
+    )
     run_dir = Path(directory).absolute()
     root = run_dir / rundir.CHECKPOINTS_DIR
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,9 +117,9 @@ def open_run(
     spec = Spec(
         run_dir=str(run_dir), run_id=checkpoints.run_id_inside(root), sweep="", trial=0, params={}, seed=seed,
         threads=torch.get_num_threads(), attempt=epoch, lease_epoch=epoch, config_digest="", deadline_s=math.inf,
-        metric=metric, direction=direction, has_pruner=False, was_committed=False, checkpoint=_settings(checkpoint),
+        metric=metric, direction=direction, has_pruner=False, was_committed=False, checkpoint=settings,
     )  # fmt: skip
-    run = StandaloneRun(spec, _SignalLink(signals), config=OmegaConf.create({"trainer": dict(config or {})}))
+    run = StandaloneRun(spec, _SignalLink(signals), config=OmegaConf.create({"trainer": trainer}))
     run.lock = lock
     prepare_process(spec)
     return run
@@ -127,7 +132,15 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if unknown := sorted(set(given) - set(defaults)):
         raise ConfigError(f"open_run has no setting {unknown[0]!r}", do=f"There are {', '.join(defaults)}.")
-    return {**defaults, **given}
+    settings = {**defaults, **given}
+    if settings["interval"] not in (None, "auto"):
+        raise ConfigError(f"interval={settings['interval']!r} is no interval", do="Use None or 'auto'.")
+    return settings
+
+
+def _plain_value(value: Any) -> Any:
+    """What JSON takes of a value it does not know: the number of a NumPy scalar, the text of a path."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 class Lock:

@@ -37,7 +37,7 @@ from sweeper.errors import SweeperError
 from sweeper.records import Ending, Lease, NewSweep, Run
 from sweeper.search import Search
 from sweeper.store import Store
-from sweeper.torch import resumable
+from sweeper.torch import resumable, saves
 from sweeper.trainer.main import train_and_tell
 from sweeper.trainer.run import Spec
 
@@ -299,6 +299,7 @@ def work(place: Place, *, probe: Probe | None = None) -> Callable[[], int]:
         worker.Supervisor = InlineSupervisor  # type: ignore[assignment,misc]  # in this child only
         recovery.MAX_BACK_OFF_S = 0.0
         worker.DISK_REST_S = 0.0
+        saves.BESIDE_FROM_S = float("inf")  # however slow this machine is: no saver without a link to the store
         if probe is not None:
             fsops.probe = probe
         try:

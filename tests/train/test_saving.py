@@ -32,6 +32,12 @@ def directory() -> Iterator[Path]:
         yield path / "save.r.00000"
 
 
+@pytest.fixture(autouse=True)
+def _not_for_slowness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine any save may take long enough for a saver; here it is size that decides."""
+    monkeypatch.setattr(saves, "BESIDE_FROM_S", float("inf"))
+
+
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small, it is saved beside the training."""

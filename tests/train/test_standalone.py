@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from crash import mini
@@ -35,7 +36,8 @@ def _warm() -> None:
 
 
 @pytest.fixture
-def base() -> Iterator[Path]:
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(saves, "BESIDE_FROM_S", float("inf"))  # the machine may be busy: steps are counted here
     with mini.fast_dir() as path:
         yield path
 
@@ -221,7 +223,13 @@ def test_a_directory_that_was_renamed_goes_on(base: Path, whole: list[bytes]) ->
 
 
 def test_values_that_json_does_not_know_are_configuration_all_the_same(base: Path) -> None:
-    config = {"data": Path("/data"), "sizes": (1, 2), "nested": {"lr": 0.1}, "none": None}
+    config = {
+        "data": Path("/data"),
+        "sizes": (1, 2),
+        "nested": {"lr": 0.1},
+        "none": None,
+        "rate": np.float32(0.5),
+    }
     for _ in range(2):
         script(base / "mine", signals=(), config=config)
 
@@ -229,6 +237,10 @@ def test_values_that_json_does_not_know_are_configuration_all_the_same(base: Pat
 def test_no_such_setting(base: Path) -> None:
     with pytest.raises(ConfigError, match="open_run has no setting 'keep_lots'"):
         open_run(base / "mine", keep_lots=3)
+    with pytest.raises(ConfigError, match="interval='Auto' is no interval"):
+        open_run(base / "mine", interval="Auto")
+    with open_run(base / "mine", signals=()):
+        pass  # nothing is locked by then
 
 
 def test_a_metric_that_is_no_number_is_no_best(base: Path) -> None:
