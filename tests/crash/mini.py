@@ -299,7 +299,7 @@ def work(place: Place, *, probe: Probe | None = None) -> Callable[[], int]:
         worker.Supervisor = InlineSupervisor  # type: ignore[assignment,misc]  # in this child only
         recovery.MAX_BACK_OFF_S = 0.0
         worker.DISK_REST_S = 0.0
-        saves.BESIDE_FROM_S = float("inf")  # however slow this machine is: no saver without a link to the store
+        saves.BESIDE_FROM_S = float("inf")  # on a slow machine, too: no saver without a link to the store
         if probe is not None:
             fsops.probe = probe
         try:

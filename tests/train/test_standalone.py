@@ -37,7 +37,9 @@ def _warm() -> None:
 
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(saves, "BESIDE_FROM_S", float("inf"))  # the machine may be busy: steps are counted here
+    monkeypatch.setattr(
+        saves, "BESIDE_FROM_S", float("inf")
+    )  # the machine may be busy: steps are counted here
     with mini.fast_dir() as path:
         yield path
 
