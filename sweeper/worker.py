@@ -200,8 +200,11 @@ class Worker:
         ending = Ending(Outcome.LOST, f"{error.strerror} ({error.filename})", is_disk_fault=True)
         decision = recovery.after(ending, count=0, retry={}, on_invalid="")
         lease = replace(claim.lease, lease_epoch=self._store.run(claim.run.run_id).lease_epoch)
+        try:
+            self._store.release(lease, ending, not_before=clock.wall_s() + decision.back_off_s)
+        except Fenced:  # it is settled already, only not tidied
+            raise error from None
         log(_sentence(claim.run, ending, decision))
-        self._store.release(lease, ending, not_before=clock.wall_s() + decision.back_off_s)
         self._rest_until_s = time.monotonic() + DISK_REST_S
 
     def _take(self, claim: Claim) -> None:
