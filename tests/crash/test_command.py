@@ -256,11 +256,11 @@ def test_what_it_leaves_behind_neither_delays_nor_outlives_it(where: Path) -> No
         where,
         """
 import subprocess
+say(value=1)  # before: on a pipe that is full, lines of two writers were seen torn
 loop = "import os; [os.write(1, b'x' * 1000 + bytes([10])) for _ in iter(int, 1)]"  # whole lines
 child = subprocess.Popen([sys.executable, "-c", loop])
 pathlib.Path(os.environ["SWEEPER_RUN_DIR"]).parents[3].joinpath("child").write_text(str(child.pid))
 time.sleep(0.2)
-say(value=1)
 """,
     )
     assert (run_of(place)["state"], run_of(place)["reason"]) == ("completed", "")
