@@ -586,7 +586,8 @@ def _plain(config: Any) -> dict[str, Any]:
 
     if config is None:
         return {}
-    plain = OmegaConf.to_container(config.trainer, resolve=True)
+    # Not resolved: what config.yaml keeps as an interpolation may be a secret's.
+    plain = OmegaConf.to_container(config.trainer, resolve=False)
     assert isinstance(plain, dict)
     return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
 

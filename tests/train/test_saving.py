@@ -14,6 +14,7 @@ import pytest
 import torch
 from alone import Alone, new_run
 from crash import mini
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -366,3 +367,14 @@ def test_another_architecture_of_a_part_is_named_and_nothing_changed(directory: 
         resumable(run, model=model, teacher=teacher, loader=loader)
     after = [tensor for part in (model, teacher) for tensor in part.state_dict().values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_secret_of_the_training_is_not_written(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.yaml keeps an interpolation as its text, and so does a checkpoint."""
+    monkeypatch.setenv("HF_TOKEN", "canary-of-a-secret")
+    run = new_run(directory, checkpoint={"every_n_steps": 3})
+    run.config = OmegaConf.create({"trainer": {"token": "${oc.env:HF_TOKEN}"}})
+    go(run)
+    written = [path for path in directory.rglob("*") if path.is_file()]
+    assert any("oc.env:HF_TOKEN" in path.read_text() for path in written if path.name == "state.json")
+    assert not [path for path in written if b"canary-of-a-secret" in path.read_bytes()]
