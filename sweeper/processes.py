@@ -28,6 +28,7 @@ __all__ = [
     "kill_group",
     "kill_leftovers",
     "machine_id",
+    "outlive_parent",
     "pid_namespace",
     "proof_of_death",
     "start_ticks",
@@ -169,6 +170,11 @@ def ending_of(returncode: int) -> str:
         return f"exit code {returncode}"
     known = {number.value: number.name for number in signal.Signals}
     return known.get(-returncode, f"signal {-returncode}")
+
+
+def outlive_parent() -> None:
+    """Take `die_with_parent` back: from now on this process sees to its end itself."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def adopt_orphans() -> None:

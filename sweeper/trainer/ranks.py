@@ -83,10 +83,16 @@ def main(argv: list[str]) -> int:
                 ]
             )  # fmt: skip
         except ChildFailedError as error:
-            _, failure = error.get_first_failure()
+            failure = _first_of(error.failures.values())
             print(f"[RUN] rank {failure.local_rank} ended first, with code {failure.exitcode}", flush=True)
             return int(failure.exitcode)
     return 0
+
+
+def _first_of(failures: Iterable[Any]) -> Any:
+    """The failure that was first. torchrun ends the other ranks by SIGTERM, within the same second."""
+    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM]
+    return min(own or failures, key=lambda failure: failure.timestamp)
 
 
 def _offer(path: str) -> socket.socket:

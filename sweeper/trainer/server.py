@@ -122,6 +122,7 @@ class Kind(Protocol):
 def serve(sock: socket.socket, kind: Kind) -> None:
     """Start trainers one after the other, and tell how each ended."""
     processes.adopt_orphans()
+    processes.outlive_parent()  # the socket's end is seen, and what a trainer started is ended first
     kind.prepare()
     while True:
         try:

@@ -147,7 +147,8 @@ def test_two_ranks_then_one_then_four(base: Path) -> None:
 def test_a_rank_that_raises_is_a_crash_of_the_attempt(base: Path) -> None:
     place = new_place(base / "raises", act="raise", attempts=9)
     assert work(place) == 0, place.printed()
-    (row,) = place.rows("SELECT outcome, reason, detail FROM sweeper_attempt")
+    # A newer checkpoint pays for a crash: there may be more attempts.
+    row, *_ = place.rows("SELECT outcome, reason, detail FROM sweeper_attempt ORDER BY attempt")
     assert row["outcome"] == "crashed"
     assert "this rank has had enough" in row["detail"]
 

@@ -18,7 +18,9 @@ import pytest
 TRIALS = 20
 KILLS = 50
 SEED = 20261122
-EVERYBODY = 6  # launcher, two workers, two servers and a trainer: a storm of starts would test only starts
+EVERYBODY = (
+    7  # launcher, template, two workers, two servers and a trainer: a storm of starts would test only starts
+)
 
 
 @pytest.mark.slow
@@ -55,7 +57,7 @@ class Sweep:
 
     def launch(self) -> subprocess.Popen[bytes]:
         overrides = [
-            f"sweep.n_trials={TRIALS}", "sampler=random", "trainer._target_=storm_trainer.train", "trainer.epochs=6",
+            f"sweep.n_trials={TRIALS}", "sampler=random", "trainer._target_=storm_trainer.train", "trainer.epochs=12",
             "checkpoint.every_n_steps=15", "checkpoint.every_s=null", "tracking.wandb.mode=disabled",
         ]  # fmt: skip
         command = [sys.executable, "-m", "sweeper", "launch", "+sweep=simple", *overrides]
@@ -85,7 +87,7 @@ class Sweep:
             assert code != 0 or done == kills, f"complete after {done} kills: give the storm more to do"
             if code is not None:
                 launcher = self.launch()
-            time.sleep(chance.uniform(0.2, 2.0))  # when the next failure comes is the point of the test
+            time.sleep(chance.uniform(0.1, 1.0))  # when the next failure comes is the point of the test
             targets = sorted(self.processes())
             if done < kills and len(targets) >= EVERYBODY:
                 done += _kill(chance.choice(targets))
