@@ -167,23 +167,12 @@ TOTALS = ("torch.save + fsync", "DCP async", "Lightning")
 """Peers of row 8 that are measured from begin to durable end in row 9, too."""
 
 
-def total_ms(kind: str, *, size_mb: int, repeats: int) -> Cell:
-    """Row 9: how long one save takes in all."""
+def save_ms(kind: str, key: str, *, size_mb: int, repeats: int) -> Cell:
+    """Rows 8 and 9: how long one save keeps the loop waiting (`stall_s`), or takes in all (`total_s`)."""
     try:
         with scratch() as directory:
             argv = python("peer_stall.py", directory, size_mb, repeats, kind)
-            seconds = answer_of(argv, timeout_s=180)["total_s"]
-    except Failed as error:
-        return Missing(str(error))
-    return Series(tuple(1e3 * second for second in seconds))
-
-
-def stall_ms(kind: str, *, size_mb: int, repeats: int) -> Cell:
-    """Row 8: how long one save keeps the loop waiting."""
-    try:
-        with scratch() as directory:
-            argv = python("peer_stall.py", directory, size_mb, repeats, kind)
-            seconds = answer_of(argv, timeout_s=180)["stall_s"]
+            seconds = answer_of(argv, timeout_s=180)[key]
     except Failed as error:
         return Missing(str(error))
     return Series(tuple(1e3 * second for second in seconds))

@@ -249,7 +249,7 @@ def stall(bench: Bench) -> Iterator[Line]:
     size_mb, repeats = bench.size.size_mb, bench.size.repeats
 
     def of(kind: str) -> Callable[[], Cell]:
-        return lambda: peers.stall_ms(kind, size_mb=size_mb, repeats=repeats)
+        return lambda: peers.save_ms(kind, "stall_s", size_mb=size_mb, repeats=repeats)
 
     mine = ours.stall_ms(size_mb=size_mb, repeats=repeats)
     floor = floors.copy_ms(size_mb=size_mb, repeats=repeats)
@@ -269,7 +269,7 @@ def saves(bench: Bench) -> Iterator[Line]:
             makers = {name: peers.STALLS[name] for name in peers.TOTALS if name in peers.STALLS}
             others = bench.beside(
                 {
-                    name: partial(peers.total_ms, kind, size_mb=size_mb, repeats=bench.size.repeats)
+                    name: partial(peers.save_ms, kind, "total_s", size_mb=size_mb, repeats=bench.size.repeats)
                     for name, kind in makers.items()
                 }
             )
