@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
     try:
         Server(socket.socket(fileno=descriptor)).serve()
         code = 0
-    except Exception:  # noqa: BLE001 - the last to hear of it
+    except BaseException:  # noqa: BLE001 - the last to hear of it; wandb may raise SystemExit, too
         traceback.print_exc()
     finally:
         sys.stderr.flush()
