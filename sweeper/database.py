@@ -1,7 +1,8 @@
 """The database as a place: URLs, engines, what may hold one, creating it, checking it.
 
 SQLite: every transaction begins IMMEDIATE (it ignores row locks, and a deferred one fails when
-it wants to write), WAL, synchronous=FULL. What is in the tables is the business of others.
+it wants to write), WAL, synchronous=FULL. PostgreSQL: READ COMMITTED, so that a statement after a
+lock sees what the lock waited for. What is in the tables is the business of others.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine, make_url
 
-from sweeper import processes, schema
-from sweeper.errors import ConfigError, StorageBusy, StorageError
+from sweeper import postgres, processes, schema
+from sweeper.errors import ConfigError, StorageBusy, StorageError, StorageLost
 
 BUSY_TIMEOUT_S = 20.0
 _ALLOWS_NETWORK = "allow_network_file_system"
+_CREATING = 0x7377656570  # PostgreSQL's number of the lock under which tables are created
 NETWORK_FILE_SYSTEMS = frozenset(
     [
         "nfs",
@@ -79,18 +81,32 @@ def make_engine(url: str) -> Engine:
     """An engine for `transaction`. On SQLite nothing else begins one: each statement is on its own."""
     path = database_path(url)
     if path is None:
-        return sa.create_engine(url, pool_pre_ping=True)
+        return sa.create_engine(postgres.url_for_driver(url), **postgres.engine_options())
     return sa.create_engine(url, creator=lambda: connect_sqlite(path))
+
+
+class CommitUnknown(Exception):
+    """The connection was lost while COMMIT was in flight: it may have happened, or not."""
 
 
 @contextlib.contextmanager
 def transaction(engine: Engine, *, only_reads: bool = False) -> Iterator[Connection]:
-    """One transaction, which takes the write lock at once on SQLite unless it only reads."""
-    with engine.begin() as connection:
+    """One transaction, which takes the write lock at once on SQLite unless it only reads.
+
+    Raises:
+        CommitUnknown: The reply to COMMIT was lost.
+    """
+    with engine.connect() as connection:
         # Not in a listener: an engine that has one looks for more of them at each statement.
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
         yield connection
+        try:
+            connection.commit()
+        except exc.DBAPIError as error:
+            if only_reads or not postgres.is_transient(error):
+                raise
+            raise CommitUnknown from error
 
 
 _text = lru_cache(maxsize=500)(sa.text)  # bounded: numbers of trials are written into a text
@@ -122,13 +138,16 @@ def explained(url: str) -> Iterator[None]:
     """Turn what the database raises into a StorageError that says why and what to do."""
     try:
         yield
-    except (exc.OperationalError, exc.DatabaseError, sqlite3.Error) as error:
-        raise _explain(url, str(getattr(error, "orig", None) or error)) from error
+    except (exc.DBAPIError, sqlite3.Error) as error:
+        raise _explain(url, error) from error
 
 
-def _explain(url: str, why: str) -> StorageError:
-    kind = StorageBusy if "locked" in why else StorageError
-    if "locked" in why:
+def _explain(url: str, error: Exception) -> StorageError:
+    why = " ".join(str(getattr(error, "orig", None) or error).split())
+    kind = StorageLost if postgres.is_transient(error) else StorageBusy if "locked" in why else StorageError
+    if kind is StorageLost:
+        do = "Nothing is lost; run the same command again once the server answers."
+    elif "locked" in why:
         do = "Another process holds its write lock; find it (e.g. with `fuser`), or wait, and run the same command again."
     elif "not a database" in why or "malformed" in why:
         do = "Name another file with storage.url=, or move this one away and run `sweeper rebuild DATA_DIR`."
@@ -136,6 +155,8 @@ def _explain(url: str, why: str) -> StorageError:
         do = "Make the file and its directory writable, or name another with storage.url=."
     elif "full" in why:
         do = "Free some space; nothing is lost, run the same command again."
+    elif "authentication" in why or "pg_hba" in why or "does not exist" in why:
+        do = "Check user, database and password (~/.pgpass, or ?passfile= in storage.url)."
     else:
         do = "Nothing is lost on disk; run the same command again once the database answers."
     return kind(f"the database {shown(url)} cannot be used", why=why, do=do)
@@ -183,8 +204,12 @@ def create_database(url: str, *, allow_network_file_system: bool = False) -> Non
     """
     path = database_path(url)
     if path is None:
-        with explained(url):
+        engine = make_engine(url)
+        with explained(url), engine.connect() as lock:  # held until this connection ends
+            execute(lock, "SELECT pg_advisory_lock(:key)", key=_CREATING)
+            lock.commit()
             _create_schema(url, None)
+        engine.dispose()
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,8 +251,9 @@ def _create_optuna_tables(url: str, path: Path | None) -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    options = {"creator": lambda: connect_sqlite(path)} if path else {}
-    storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
+    options = {"creator": lambda: connect_sqlite(path)} if path else {"connect_args": postgres.CONNECT_ARGS}
+    where = url if path else postgres.url_for_driver(url).render_as_string(hide_password=False)
+    storage = optuna.storages.RDBStorage(where, engine_kwargs=options)
     storage.remove_session()
     storage.engine.dispose()
 

@@ -7,6 +7,7 @@ SweeperError (1)
 ├── ConfigError (78)          configuration, storage or machine must be changed first
 │   └── StorageError (78)     the database cannot be used
 │       └── StorageBusy (75)  it is locked; later it will do
+│           └── StorageLost (75)  the connection to its server is
 ├── Fenced (76)               the lease is lost: somebody else owns the run
 ├── Released (75)             work was handed back; run the same command again
 └── CheckpointError (1)       a checkpoint cannot be written or used
@@ -84,6 +85,10 @@ class StorageBusy(StorageError):
     """The database is locked by somebody else; the same command may do later."""
 
     exit_code = EXIT_RELEASED
+
+
+class StorageLost(StorageBusy):
+    """The server does not answer, or ended what was begun; nothing of it happened."""
 
 
 class Fenced(SweeperError):

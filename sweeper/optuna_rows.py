@@ -58,6 +58,16 @@ def insert_study(connection: Connection, name: str, direction: str) -> int:
     return int(study_id)
 
 
+def lock_study(connection: Connection, study_id: int) -> None:
+    """Whoever draws a trial waits here for the others, as Optuna's own workers do; what is read afterwards holds.
+
+    HAZARD: on PostgreSQL this must be a statement of its own, before the one that counts. SQLite's
+    transactions begin with the write lock.
+    """
+    if connection.dialect.name != "sqlite":
+        execute(connection, "SELECT 1 FROM studies WHERE study_id=:s FOR UPDATE", s=study_id)
+
+
 def insert_trial(connection: Connection, study_id: int, number: int, state: str, proposal: Proposal) -> int:
     """A trial with its parameters; one that is WAITING may be drawn later. Returns its id."""
     trial_id = execute(

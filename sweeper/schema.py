@@ -7,6 +7,7 @@ its trials itself, so that a trial and its run are one transaction.
 from __future__ import annotations
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -62,7 +63,7 @@ sweep = Table(
     Column("sweep_id", Integer, primary_key=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("study_id", Integer, nullable=False),
-    Column("seed", Integer, nullable=False),
+    Column("seed", BigInteger, nullable=False),
     Column("n_trials", Integer, nullable=False),
     Column("metric", String(256), nullable=False),
     Column("direction", String(8), nullable=False),
@@ -81,7 +82,7 @@ run = Table(
     Column("trial_id", Integer, nullable=False),  # Optuna's primary key
     Column("trial", Integer, nullable=False),  # Optuna's number within the study
     Column("params", Text, nullable=False),  # JSON
-    Column("seed", Integer, nullable=False),
+    Column("seed", BigInteger, nullable=False),
     Column("threads", Integer, nullable=False),
     Column("path", Text, nullable=False),  # relative to the data directory
     Column("wandb_run_id", String(96), nullable=False),
@@ -94,13 +95,13 @@ run = Table(
     Column("owner", Text),  # JSON: ProcessId of the worker
     Column("processes", Text),  # JSON: list of ProcessId, trainers of the attempt
     Column("worker", String(128)),  # name of the worker that owns or last owned it
-    Column("heartbeat", Integer, nullable=False, server_default="0"),
+    Column("heartbeat", BigInteger, nullable=False, server_default="0"),
     Column("lease_until", Float),
     Column("not_before", Float, nullable=False, server_default="0"),  # back-off
     Column("attempts", Integer, nullable=False),
-    Column("global_step", Integer, nullable=False, server_default="0"),
-    Column("total_steps", Integer),
-    Column("checkpoint_step", Integer),
+    Column("global_step", BigInteger, nullable=False, server_default="0"),
+    Column("total_steps", BigInteger),
+    Column("checkpoint_step", BigInteger),
     Column("lost_count", Integer, nullable=False, server_default="0"),
     Column("crashed_count", Integer, nullable=False, server_default="0"),
     Column("oom_count", Integer, nullable=False, server_default="0"),
@@ -129,9 +130,9 @@ attempt = Table(
     Column("owner", Text, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("ended_at", Float),
-    Column("start_step", Integer),  # NULL until the trainer said where it starts
-    Column("end_step", Integer),
-    Column("checkpoint_step", Integer),  # newest committed in this attempt
+    Column("start_step", BigInteger),  # NULL until the trainer said where it starts
+    Column("end_step", BigInteger),
+    Column("checkpoint_step", BigInteger),  # newest committed in this attempt
     Column("outcome", String(16)),  # NULL while it runs
     Column("reason", Text),
     Column("detail", Text),  # traceback or last lines of the log
@@ -141,7 +142,7 @@ verdict = Table(
     "sweeper_verdict",
     metadata,
     Column("trial_id", Integer, primary_key=True),
-    Column("step", Integer, primary_key=True),
+    Column("step", BigInteger, primary_key=True),
     Column("value", Float),
     Column("prune", Boolean, nullable=False),
 )

@@ -3,31 +3,24 @@
 No file, network or user code inside a transaction. Slot, trial and run are one transaction, and so
 are the final state and the tell. Statements that several methods share are in `sweep_rows`, all
 on Optuna's tables in `optuna_rows`, and what a rebuild writes in `restored`.
+
+A server may be away for a while: a `patient` method runs again when its transaction did not happen.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from sweeper import clock, optuna_rows, restored, rundir, sweep_rows
-from sweeper.database import (
-    check_database,
-    database_path,
-    execute,
-    explained,
-    make_engine,
-    shown,
-    transaction,
-)
-from sweeper.errors import Fenced, NotFound, StorageError, SweeperError
+from sweeper import optuna_rows, restored, rundir, sweep_rows
+from sweeper.connections import Database, Proof, patient
+from sweeper.database import execute, shown
+from sweeper.errors import Fenced, NotFound, SweeperError
 from sweeper.records import Claim, Ending, Lease, NewSweep, ProcessId, Proposal, Run, Suspect, Sweep
 from sweeper.recovery import MAX_BACK_OFF_S
 from sweeper.states import FAILURES, INCOMPLETE, SETTLES, Event, Outcome, State, source, target
@@ -35,62 +28,16 @@ from sweeper.states import FAILURES, INCOMPLETE, SETTLES, Event, Outcome, State,
 ASSUMED_S = 3600.0
 
 
-class Store:
+class Store(Database):
     """An open database. Not for several threads at once.
 
     Raises (every method): StorageError when the database cannot be used; methods that write
     under a Lease, and `check`, raise Fenced when it is lost.
     """
 
-    def __init__(self, url: str, *, ttl_s: float = 60.0, allow_network_file_system: bool = False) -> None:
-        self.url = url
-        self.ttl_s = ttl_s
-        self._path = database_path(url)
-        if self._path is not None and not self._path.exists():
-            raise StorageError(
-                f"there is no database at {self._path}",
-                do="Start a sweep with `python -m sweeper launch +sweep=simple`, name the right one with --storage "
-                "or --data-dir, or make it anew from run directories with `sweeper rebuild DATA_DIR`.",
-            )
-        self._engine = make_engine(url)
-        self._file = self._file_id()
-        with explained(url):
-            check_database(self._engine, url, allow_network_file_system=allow_network_file_system)
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._engine.dispose()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with explained(self.url), transaction(self._engine) as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        """A transaction that takes no write lock."""
-        with explained(self.url), transaction(self._engine, only_reads=True) as connection:
-            yield connection
-
-    def _file_id(self) -> tuple[int, int] | None:
-        if self._path is None:
-            return None
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return status.st_dev, status.st_ino
-
-    def check_file(self) -> None:
-        """Raise StorageError when the database file is no longer the one at its path."""
-        if self._file_id() != self._file:
-            raise StorageError(
-                f"the database file {self._path} was removed or replaced while in use",
-                do="The run directories hold everything: `sweeper rebuild DATA_DIR`, then launch again.",
-            )
-
     # --- sweeps ----------------------------------------------------------------------------
 
+    @patient
     def find_sweep(self, name: str) -> Sweep | None:
         """The sweep of that name, or None."""
         with self._reading() as connection:
@@ -106,6 +53,7 @@ class Store:
             )
         return found
 
+    @patient
     def create_sweep(self, new: NewSweep) -> bool:
         """Create sweep, Optuna study and grid in one transaction; False if the name is taken."""
         with self._transaction() as connection:
@@ -114,6 +62,7 @@ class Store:
             sweep_rows.insert_sweep(connection, new)
         return True
 
+    @patient
     def update_sweep(self, name: str, *, n_trials: int, config: dict[str, Any]) -> None:
         """A launch of an existing sweep: new total, new launch configuration, no longer cancelled."""
         with self._transaction() as connection:
@@ -123,11 +72,13 @@ class Store:
                 n=n_trials, config=json.dumps(config), false=False, name=name,
             )  # fmt: skip
 
+    @patient
     def cancel_sweep(self, name: str) -> None:
         """No worker draws another trial of this sweep."""
         with self._transaction() as connection:
             execute(connection, "UPDATE sweeper_sweep SET is_cancelled=:t WHERE name=:n", t=True, n=name)
 
+    @patient
     def count_left(self, sweep_id: int) -> tuple[int, int]:
         """(trials that may still be drawn, runs that are incomplete)."""
         with self._reading() as connection:
@@ -141,11 +92,13 @@ class Store:
 
     # --- drawing ---------------------------------------------------------------------------
 
+    @patient
     def adopt_orphans(self, sweep_id: int) -> int:
         """Put RUNNING trials of the study that no run stands behind back in the queue."""
         with self._transaction() as connection:
             return optuna_rows.requeue_orphans(connection, sweep_id)
 
+    @patient
     def queue(self, study_id: int) -> tuple[optuna_rows.TrialRow | None, int]:
         """(the trial that waits in the study to be drawn first: a retry, a grid point; the next free number)."""
         with self._reading() as connection:
@@ -156,6 +109,7 @@ class Store:
             (waiting,) = optuna_rows.read_trials(connection, study_id, after=number, numbers=[first])
         return waiting, number
 
+    @patient
     def draw(
         self, sweep: Sweep, proposal: Proposal, *, owner: ProcessId, worker: str, threads: int
     ) -> Claim | None:
@@ -165,8 +119,10 @@ class Store:
             The claim on the new run; None when the slots are taken or the proposal is stale
             (look at `count_left`, then propose again).
         """
-        now = clock.wall_s()
-        with self._transaction() as connection:
+        token = secrets.token_hex(8)
+        with self._transaction(_owned_by(token)) as connection:
+            optuna_rows.lock_study(connection, sweep.study_id)
+            now = self._now(connection)
             if sweep_rows.count_left(connection, sweep.sweep_id) == 0:
                 return None
             trial_id = optuna_rows.take_trial(connection, sweep.study_id, proposal)
@@ -174,7 +130,7 @@ class Store:
                 return None
             number = sweep_rows.reserve_number(connection, sweep.sweep_id)
             run = _new_run(sweep, number, trial_id=trial_id, proposal=proposal, threads=threads)
-            lease = Lease(run.run_id, run.lease_epoch, secrets.token_hex(8))
+            lease = Lease(run.run_id, run.lease_epoch, token)
             sweep_rows.insert_run(
                 connection, run, lease, owner=owner, worker=worker, now=now, until=now + self.ttl_s
             )
@@ -200,7 +156,7 @@ class Store:
         """
         only = "AND run_id=:only" if run_id else ""
         # HAZARD: wall clocks are set back; nobody backs off for longer than the longest back-off.
-        waited = "AND (not_before<=:now OR not_before>:latest)"
+        waited = f"AND (not_before<=:now OR not_before>:now+{MAX_BACK_OFF_S})"
         select = (
             f"SELECT run_id FROM sweeper_run WHERE sweep_id=:s AND state='{source(Event.CLAIM)}' {waited if is_patient else ''} {only} "
             "ORDER BY CASE WHEN worker=:worker THEN 0 ELSE 1 END, "
@@ -210,7 +166,7 @@ class Store:
             select += " FOR UPDATE SKIP LOCKED"
         return self._own(
             f"run_id=({select}) AND state='{source(Event.CLAIM)}'",
-            {"s": sweep_id, "only": run_id, "latest": clock.wall_s() + MAX_BACK_OFF_S},
+            {"s": sweep_id, "only": run_id},
             owner=owner, worker=worker, reason="it was interrupted",
         )  # fmt: skip
 
@@ -224,6 +180,7 @@ class Store:
             owner=owner, worker=worker, reason=reason, ended=(suspect.lease_epoch, Ending(outcome, reason)), previous=(suspect.owner, *suspect.processes),
         )  # fmt: skip
 
+    @patient
     def _own(
         self,
         where: str,
@@ -235,9 +192,9 @@ class Store:
         ended: tuple[int, Ending] | None = None,
         previous: tuple[ProcessId, ...] = (),
     ) -> Claim | None:
-        now = clock.wall_s()
         token = secrets.token_hex(8)
-        with self._transaction() as connection:
+        with self._transaction(_owned_by(token)) as connection:
+            now = self._now(connection)
             row = execute(
                 connection,
                 f"UPDATE sweeper_run SET state='{State.RUNNING}', lease_epoch=lease_epoch+1, attempts=attempts+1, owner_token=:token, "
@@ -258,6 +215,7 @@ class Store:
             run, Lease(run.run_id, run.lease_epoch, token), is_new=False, reason=reason, previous=previous
         )
 
+    @patient
     def suspects(self, sweep_id: int) -> list[Suspect]:
         """All running runs of a sweep, for an observer to watch."""
         with self._reading() as connection:
@@ -268,16 +226,18 @@ class Store:
             ).all()
         return [sweep_rows.suspect_of(row) for row in rows]
 
+    @patient
     def now_s(self) -> float:
         """The database's clock, Unix seconds; this machine's on SQLite, which has none."""
-        if self._path is not None:
-            return clock.wall_s()
         with self._reading() as connection:
-            return float(execute(connection, "SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+            return self._now(connection)
 
+    @patient
     def raise_epoch(self, lease: Lease, *, above: int) -> Lease:
         """Lift the lease's epoch above one found on disk, so that no number is handed out twice."""
-        with self._transaction() as connection:
+        raised = {"r": lease.run_id, "e": above + 1, "t": lease.owner_token}
+        proof = "SELECT 1 FROM sweeper_run WHERE run_id=:r AND lease_epoch=:e AND owner_token=:t"
+        with self._transaction((proof, raised)) as connection:
             self._guarded(connection, lease, "lease_epoch=:epoch_after", epoch_after=above + 1)
             execute(
                 connection,
@@ -301,7 +261,7 @@ class Store:
         done = execute(
             connection,
             f"UPDATE sweeper_run SET {assignments}, updated_at=:now WHERE run_id=:run AND lease_epoch=:epoch AND owner_token=:token AND state=:state",
-            now=clock.wall_s(), run=lease.run_id, epoch=lease.lease_epoch, token=lease.owner_token, state=str(state), **params,
+            now=self._now(connection), run=lease.run_id, epoch=lease.lease_epoch, token=lease.owner_token, state=str(state), **params,
         )  # fmt: skip
         if done.rowcount != 1:
             raise _lost(lease)
@@ -313,9 +273,10 @@ class Store:
             self._guarded(
                 connection, lease,
                 "heartbeat=heartbeat+1, lease_until=:until, global_step=COALESCE(:step, global_step)",
-                until=clock.wall_s() + self.ttl_s, step=global_step,
+                until=self._now(connection) + self.ttl_s, step=global_step,
             )  # fmt: skip
 
+    @patient
     def check(self, lease: Lease) -> None:
         """Raise Fenced unless the lease holds at this moment."""
         with self._reading() as connection:
@@ -327,11 +288,13 @@ class Store:
         if not held:
             raise _lost(lease)
 
+    @patient
     def record_processes(self, lease: Lease, trainers: Sequence[ProcessId]) -> None:
         """Remember the processes of this attempt, so that a takeover can end what is left of them."""
         with self._transaction() as connection:
             self._guarded(connection, lease, "processes=:p", p=json.dumps([asdict(p) for p in trainers]))
 
+    @patient
     def record_start(self, lease: Lease, *, step: int, total_steps: int | None) -> None:
         """The trainer starts from `step`: from now on this epoch's lineage is known."""
         with self._transaction() as connection:
@@ -348,6 +311,7 @@ class Store:
                 step=step, r=lease.run_id, e=lease.lease_epoch,
             )  # fmt: skip
 
+    @patient
     def record_checkpoint(self, lease: Lease, *, step: int) -> None:
         """A checkpoint is durable on disk under this lease: budgets start anew."""
         with self._transaction() as connection:
@@ -361,6 +325,7 @@ class Store:
                 step=step, r=lease.run_id, e=lease.lease_epoch,
             )  # fmt: skip
 
+    @patient
     def mean_time_between_failures_s(self, sweep_id: int) -> float:
         """Seconds an attempt of this sweep runs between two failures, as observed so far.
 
@@ -374,10 +339,11 @@ class Store:
                 "SELECT COALESCE(sum(COALESCE(a.ended_at, :now) - a.started_at), 0), "
                 f"COALESCE(sum(CASE WHEN a.outcome IN ({failures}) THEN 1 ELSE 0 END), 0) "
                 "FROM sweeper_attempt a JOIN sweeper_run r ON r.run_id=a.run_id WHERE r.sweep_id=:s",
-                now=clock.wall_s(), s=sweep_id,
+                now=self._now(connection), s=sweep_id,
             ).one()  # fmt: skip
         return (ASSUMED_S + max(0.0, float(seconds))) / (1 + int(count))
 
+    @patient
     def starts(self, run_id: str) -> list[tuple[int, int]]:
         """(lease_epoch, start step) of every attempt that said where it started: the lineage."""
         with self._reading() as connection:
@@ -388,6 +354,7 @@ class Store:
             ).all()
         return [(row[0], row[1]) for row in rows]
 
+    @patient
     def verdict(self, trial_id: int, step: int) -> bool | None:
         """The stored answer to a report of this step, or None if it was never reported."""
         with self._reading() as connection:
@@ -399,6 +366,7 @@ class Store:
             ).scalar_one_or_none()
         return None if found is None else bool(found)
 
+    @patient
     def report(
         self, lease: Lease, run: Run, *, step: int, value: float, prune: bool, system_attrs: Mapping[str, Any]
     ) -> None:
@@ -411,16 +379,18 @@ class Store:
 
     # --- ending an attempt -----------------------------------------------------------------
 
-    def release(self, lease: Lease, ending: Ending, *, not_before: float = 0.0) -> None:
-        """The attempt is over, the run is not: any claimer may go on with it."""
-        now = clock.wall_s()
-        with self._transaction() as connection:
+    @patient
+    def release(self, lease: Lease, ending: Ending, *, back_off_s: float = 0.0) -> None:
+        """The attempt is over, the run is not: any claimer may go on with it, after `back_off_s` seconds."""
+        with self._transaction(_ended_as(lease, ending)) as connection:
+            now = self._now(connection)
             self._guarded(
                 connection, lease, "state=:after, owner_token=NULL, lease_until=NULL, processes=NULL, not_before=:nb",
-                after=str(target(Event.RELEASE)), nb=not_before,
+                after=str(target(Event.RELEASE)), nb=now + back_off_s if back_off_s else 0.0,
             )  # fmt: skip
             sweep_rows.end_attempt(connection, lease.run_id, lease.lease_epoch, ending, now=now)
 
+    @patient
     def budget_after(self, lease: Lease, outcome: Outcome) -> int:
         """How many consecutive attempts without a newer checkpoint end so, this one included.
 
@@ -438,6 +408,7 @@ class Store:
             ).one()
         return int(count) + (committed is None)
 
+    @patient
     def settle(self, lease: Lease, state: State, ending: Ending) -> None:
         """Final state, attempt and tell in one transaction. result.json must be durable already.
 
@@ -446,9 +417,9 @@ class Store:
         """
         if state is State.COMPLETED and (ending.value is None or ending.value != ending.value):
             raise ValueError(f"run {lease.run_id} cannot be completed without a number: {ending.value}")
-        now = clock.wall_s()
         event_ = SETTLES[state]
-        with self._transaction() as connection:
+        with self._transaction(_ended_as(lease, ending)) as connection:
+            now = self._now(connection)
             self._guarded(
                 connection, lease,
                 "state=:after, value=:value, owner_token=NULL, lease_until=NULL, processes=NULL",
@@ -459,16 +430,18 @@ class Store:
 
     # --- superseding -----------------------------------------------------------------------
 
+    @patient
     def reserve_number(self, sweep_id: int) -> int:
         """A run number nobody else gets; gaps are allowed."""
         with self._transaction() as connection:
             return sweep_rows.reserve_number(connection, sweep_id)
 
+    @patient
     def supersede(self, lease: Lease, ending: Ending, fresh: Run, *, owner: ProcessId, worker: str) -> Claim:
         """Old run superseded, fresh one running, in one transaction."""
-        now = clock.wall_s()
         new_lease = Lease(fresh.run_id, fresh.lease_epoch, secrets.token_hex(8))
-        with self._transaction() as connection:
+        with self._transaction(_owned_by(new_lease.owner_token)) as connection:
+            now = self._now(connection)
             self._guarded(
                 connection, lease, "state=:after, owner_token=NULL, lease_until=NULL, processes=NULL",
                 after=str(target(Event.SUPERSEDE)),
@@ -482,6 +455,7 @@ class Store:
 
     # --- retry, cancel, look up ------------------------------------------------------------
 
+    @patient
     def run(self, run_id: str) -> Run:
         """One run. Raises NotFound."""
         with self._reading() as connection:
@@ -492,6 +466,7 @@ class Store:
             )
         return sweep_rows.run_of(row)
 
+    @patient
     def runs(self, sweep_id: int, states: Sequence[State] = tuple(State)) -> list[Run]:
         """The runs of a sweep in one of `states`, by number."""
         with self._reading() as connection:
@@ -502,6 +477,7 @@ class Store:
             ).all()
         return [sweep_rows.run_of(row) for row in rows]
 
+    @patient
     def retry(self, run_id: str) -> int:
         """Queue a new trial with the parameters of a failed or cancelled run; returns its number.
 
@@ -527,6 +503,7 @@ class Store:
             study_id = execute(
                 connection, "SELECT study_id FROM sweeper_sweep WHERE sweep_id=:s", s=row.sweep_id
             ).scalar_one()
+            optuna_rows.lock_study(connection, study_id)
             number = optuna_rows.next_trial(connection, study_id)
             again = Proposal(
                 number,
@@ -537,19 +514,35 @@ class Store:
             optuna_rows.insert_trial(connection, study_id, number, "WAITING", again)
         return number
 
+    @patient
     def restore(self, sweep: restored.Restored) -> None:
         """Write a rebuilt sweep in one transaction."""
         with self._transaction() as connection:
-            restored.write(connection, sweep, clock.wall_s())
+            restored.write(connection, sweep, self._now(connection))
 
     # --- Optuna's view ---------------------------------------------------------------------
 
+    @patient
     def trials(
         self, study_id: int, *, after: int = -1, numbers: Sequence[int] = ()
     ) -> list[optuna_rows.TrialRow]:
         """Trials of a study with number > `after` or in `numbers`, by number."""
         with self._reading() as connection:
             return optuna_rows.read_trials(connection, study_id, after=after, numbers=numbers)
+
+
+def _owned_by(token: str) -> Proof:
+    return "SELECT 1 FROM sweeper_run WHERE owner_token=:t", {"t": token}
+
+
+def _ended_as(lease: Lease, ending: Ending) -> Proof:
+    """Nobody else ends an attempt with the words of its owner."""
+    select = (
+        "SELECT 1 FROM sweeper_attempt WHERE run_id=:r AND lease_epoch=:e AND outcome=:o "
+        "AND COALESCE(reason, '')=:why AND COALESCE(detail, '')=:detail"
+    )
+    said = {"o": str(ending.outcome), "why": ending.reason, "detail": ending.detail}
+    return select, {"r": lease.run_id, "e": lease.lease_epoch, **said}
 
 
 def _new_run(sweep: Sweep, number: int, *, trial_id: int, proposal: Proposal, threads: int) -> Run:

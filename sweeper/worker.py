@@ -201,7 +201,7 @@ class Worker:
         decision = recovery.after(ending, count=0, retry={}, on_invalid="")
         lease = replace(claim.lease, lease_epoch=self._store.run(claim.run.run_id).lease_epoch)
         try:
-            self._store.release(lease, ending, not_before=clock.wall_s() + decision.back_off_s)
+            self._store.release(lease, ending, back_off_s=decision.back_off_s)
         except Fenced:  # it is settled already, only not tidied
             raise error from None
         log(_sentence(claim.run, ending, decision))
@@ -352,8 +352,7 @@ class Worker:
             assert decision.state is not None
             settle(self._store, lease, run_dir, decision.state, replace(ending, reason=decision.reason))
         elif decision.action is Action.RELEASE:
-            not_before = clock.wall_s() + decision.back_off_s if decision.back_off_s else 0.0
-            self._store.release(lease, ending, not_before=not_before)
+            self._store.release(lease, ending, back_off_s=decision.back_off_s)
             if ending.is_config:
                 raise ConfigError(f"run {run.run_id} cannot be trained", why=ending.reason)
         elif decision.action is Action.SUPERSEDE:

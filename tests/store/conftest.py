@@ -5,10 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
+from sweeper import embedded
 from sweeper.database import create_database
 from sweeper.store import Store
 
@@ -21,38 +25,66 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _sqlite(directory: Path, empty: Path) -> str:
-    path = directory / "sweeper.db"
-    shutil.copyfile(empty, path)
-    return f"sqlite:///{path}"
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Callable[[], str]]:
+    """Makes empty databases of ours on a PostgreSQL server of this session's own."""
+    with tempfile.TemporaryDirectory(dir=_memory(), prefix="sweeper-test-") as name:
+        server = embedded.Server(Path(name) / "postgres")
+        Path(name).chmod(0o711)
+        url = server.up()
+        template = url.replace("/sweeper?", "/template_of_ours?")
+        numbers = count()
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync=off")  # the machine does not crash in these tests
+            connection.execute("SELECT pg_reload_conf()")
+            connection.execute("CREATE DATABASE template_of_ours")
+            create_database(template)
 
+            def make() -> str:
+                database = f"test_{next(numbers)}"
+                connection.execute(f"CREATE DATABASE {database} TEMPLATE template_of_ours STRATEGY file_copy")
+                return url.replace("/sweeper?", f"/{database}?")
 
-BACKENDS: dict[str, Callable[[Path, Path], str]] = {"sqlite": _sqlite}
-"""Name of a backend → makes an empty database of ours, given a directory, and returns its URL."""
+            yield make
+        server.down()
 
 
 @pytest.fixture
-def memory_dir(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: an fsync is free there, and 300 tests make thousands."""
-    if not Path("/dev/shm").is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="sweeper-test-") as name:
-        yield Path(name)
-
-
-@pytest.fixture(params=BACKENDS)
 def new_url(request: pytest.FixtureRequest, memory_dir: Path, empty_database: Path) -> Callable[[], str]:
     """Makes one more empty database of ours each time it is called."""
-    made: list[str] = []
+    if request.param == "postgres":
+        make: Callable[[], str] = request.getfixturevalue("postgres")
+        return make
+    numbers = count()
 
-    def make() -> str:
-        directory = memory_dir / f"database_{len(made)}"
+    def copy() -> str:
+        directory = memory_dir / f"database_{next(numbers)}"
         directory.mkdir()
-        made.append(BACKENDS[request.param](directory, empty_database))
-        return made[-1]
+        shutil.copyfile(empty_database, directory / "sweeper.db")
+        return f"sqlite:///{directory}/sweeper.db"
 
-    return make
+    return copy
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test that needs a database runs on every kind; a server's takes longer, and is not in `make check`."""
+    if "new_url" in metafunc.fixturenames:
+        kinds: list[Any] = ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)]
+        if metafunc.definition.get_closest_marker("sqlite"):
+            kinds: list[Any] = ["sqlite"]
+        metafunc.parametrize("new_url", kinds, indirect=True)
+
+
+def _memory() -> str | None:
+    """Where there is a directory in memory: an fsync is free there, and 300 tests make thousands."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+@pytest.fixture
+def memory_dir() -> Iterator[Path]:
+    """A directory in memory."""
+    with tempfile.TemporaryDirectory(dir=_memory(), prefix="sweeper-test-") as name:
+        yield Path(name)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sweeps
 
-from sweeper import clock, processes, recovery
+from sweeper import processes, recovery
+from sweeper.connections import Database
 from sweeper.records import Claim, Ending, Sweep
 from sweeper.states import Outcome, State
 from sweeper.store import Store
@@ -124,7 +125,7 @@ class Wall:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1_800_000_000.0
-        monkeypatch.setattr(clock, "wall_s", lambda: self.now_s)
+        monkeypatch.setattr(Database, "_now", lambda store, connection: self.now_s)
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 
 def back_off(store: Store, sweep: Sweep, wall: Wall, seconds: float) -> Claim:
     claim = sweeps.must_draw(store, sweep)
-    store.release(claim.lease, sweeps.LOST, not_before=wall.now_s + seconds)
+    store.release(claim.lease, sweeps.LOST, back_off_s=seconds)
     return claim
 
 

@@ -8,6 +8,7 @@ import pytest
 import sweeps
 
 from sweeper import clock
+from sweeper.connections import Database
 from sweeper.records import Ending, Sweep
 from sweeper.states import FAILURES, Outcome
 from sweeper.store import ASSUMED_S, Store
@@ -24,7 +25,7 @@ def sweep(store: Store) -> Sweep:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let time pass."""
     now = [clock.wall_s()]
-    monkeypatch.setattr(clock, "wall_s", lambda: now[0])
+    monkeypatch.setattr(Database, "_now", lambda store, connection: now[0])
 
     def pass_by(seconds: float) -> None:
         now[0] += seconds

@@ -80,7 +80,7 @@ def test_an_interrupted_run_is_cancelled_though_it_backs_off(
     store: Store, sweep: Sweep, data_dir: Path
 ) -> None:
     claim = draw(store, sweep, data_dir)
-    store.release(claim.lease, sweeps.LOST, not_before=4e9)
+    store.release(claim.lease, sweeps.LOST, back_off_s=30.0)
     cancel(claim.run.run_id, store, data_dir)
     assert_cancelled(store, data_dir, claim)
 

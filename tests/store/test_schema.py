@@ -33,7 +33,7 @@ def _table(inspector: sa.Inspector, table: str) -> dict[str, Any]:
     indexes = inspector.get_indexes(table)
     return {
         "columns": [
-            (c["name"], str(c["type"]), c["nullable"], _plain(c["default"]), c["primary_key"])
+            (c["name"], str(c["type"]), c["nullable"], _plain(c["default"]), c.get("primary_key"))
             for c in inspector.get_columns(table)
         ],
         "primary key": inspector.get_pk_constraint(table)["constrained_columns"],
@@ -102,6 +102,7 @@ def test_all_our_tables_carry_our_prefix_and_none_of_optunas_does() -> None:
     assert schema.VERSION_TABLE.startswith(schema.PREFIX)
 
 
+@pytest.mark.sqlite
 def test_a_connection_is_durable_and_shares_the_file(store: Store) -> None:
     path = database.database_path(store.url)
     assert path is not None
@@ -115,6 +116,7 @@ def test_a_connection_is_durable_and_shares_the_file(store: Store) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": timeout_ms}
 
 
+@pytest.mark.sqlite
 def test_a_write_takes_its_lock_at_once(store: Store) -> None:
     """A deferred transaction that reads before it writes fails when somebody wrote in between."""
     statements: list[str] = []
@@ -128,6 +130,7 @@ def test_a_write_takes_its_lock_at_once(store: Store) -> None:
     assert "BEGIN IMMEDIATE" in statements
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "question",
     [

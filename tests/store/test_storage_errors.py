@@ -23,6 +23,8 @@ from sweeper.errors import EXIT_CONFIG, EXIT_RELEASED, ConfigError, StorageError
 from sweeper.records import Sweep
 from sweeper.store import Store
 
+pytestmark = pytest.mark.sqlite
+
 
 def refusal(act: Callable[[], object], *, exit_code: int = EXIT_CONFIG) -> str:
     """What the user is told; every refusal says what to do, and most exit with 78."""
@@ -286,6 +288,7 @@ def test_a_read_only_file_is_reported(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(database, "connect_sqlite", read_only)
     opened = Store.__new__(Store)
     opened.url, opened.ttl_s, opened._path = store.url, 60.0, store._path
+    opened._used_s = 0.0
     opened._engine = database.make_engine(store.url)
     text = refusal(lambda: opened.cancel_sweep(sweep.name))
     assert "readonly database. Make the file and its directory writable" in text

@@ -1,0 +1,65 @@
+"""PostgreSQL as its clients see it: how to connect, and which of its errors pass by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError
+
+_SESSION = {
+    # A node that died in a transaction must not hold its row locks for hours: the server ends it.
+    "idle_in_transaction_session_timeout": "30s",
+    "lock_timeout": "20s",
+    "statement_timeout": "60s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
+CONNECT_ARGS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "application_name": "sweeper",
+    "options": " ".join(f"-c {key}={value}" for key, value in _SESSION.items()),
+    "prepare_threshold": None,  # prepared statements do not survive PgBouncer
+    # A server that died is noticed in seconds, not in hours.
+    "tcp_user_timeout": 20_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+_TRANSIENT = (
+    "08",  # connection exceptions
+    "40",  # deadlock, serialization failure: the transaction did not happen
+    "57P",  # shutting down, starting up, crashed
+    "25P03",  # we were idle in a transaction, e.g. stopped and continued
+    "53300",  # too many connections: somebody's will be free in a moment
+    "55P03",  # lock_timeout
+)
+"""Beginnings of SQLSTATEs. Source: PostgreSQL, Appendix A, Error Codes."""
+_FULL_OR_STARTING = ("starting up", "shutting down", "recovery", "too many clients", "connection slots")
+
+
+def url_for_driver(url: str) -> URL:
+    """The URL with the driver that is installed: psycopg 3, whatever SQLAlchemy's version prefers."""
+    parsed = make_url(url)
+    return (
+        parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
+    )
+
+
+def engine_options() -> dict[str, Any]:
+    """Arguments of `create_engine` for a process that uses one connection at a time."""
+    return {"pool_size": 1, "max_overflow": 0, "connect_args": CONNECT_ARGS}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same transaction may succeed when it is tried once more."""
+    if not isinstance(error, DBAPIError) or not type(error.orig).__module__.startswith("psycopg"):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    if state is not None:
+        return str(state).startswith(_TRANSIENT)
+    if error.statement is None:  # no connection was made; libpq passes on the server's words, not its code
+        said = str(error.orig)
+        return "FATAL" not in said or any(words in said for words in _FULL_OR_STARTING)
+    return error.connection_invalidated
