@@ -327,10 +327,25 @@ def _rebuild(options: Options) -> int:
 
 
 def _db(options: Options) -> int:
-    """Bring the database's tables to this version."""
-    from sweeper.manage import upgrade
+    """Bring the database's tables to this version, or look after a PostgreSQL server of your own."""
+    if options.action == "upgrade":
+        from sweeper.manage import upgrade
 
-    return upgrade(storage=options.storage, data_dir=_data_dir(options))
+        return upgrade(storage=options.storage, data_dir=_data_dir(options))
+    from pathlib import Path
+
+    from sweeper import embedded
+
+    server = embedded.Server(Path(options.dir) if options.dir else _data_dir(options) / "postgres")
+    if options.action == "up":
+        return embedded.up(server, host=options.host, port=options.port)
+    if options.action == "down":
+        return embedded.down(server)
+    if options.action == "status":
+        return embedded.status(server)
+    if not options.file:
+        raise UsageError("db backup needs a FILE to write to")
+    return embedded.backup(server, Path(options.file))
 
 
 # --- their arguments -----------------------------------------------------------------------
@@ -402,7 +417,17 @@ def _directory_argument(parser: Parser) -> None:
 
 
 def _db_arguments(parser: Parser) -> None:
-    parser.add_argument("action", metavar="upgrade", choices=["upgrade"])
+    actions = ["upgrade", "up", "status", "down", "backup"]
+    parser.add_argument("action", metavar="|".join(actions), choices=actions)
+    parser.add_argument("file", metavar="FILE", nargs="?", help="where `backup` puts its dump")
+    parser.add_argument("--dir", metavar="DIR", help="the server's directory [DATA_DIR/postgres]")
+    parser.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="what it listens on [127.0.0.1: this machine only]",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="[a free one]")
 
 
 _VERBS: dict[str, tuple[str, Callable[[Parser], None], Callable[[Options], int]]] = {
@@ -417,5 +442,9 @@ _VERBS: dict[str, tuple[str, Callable[[Parser], None], Callable[[Options], int]]
     "retry": ("give a failed trial another run", _run_argument, _retry),
     "cancel": ("cancel a sweep or a run", _name_argument, _cancel),
     "rebuild": ("make a lost database anew from run directories", _directory_argument, _rebuild),
-    "db": ("db upgrade: bring the tables to this version", _db_arguments, _db),
+    "db": (
+        "upgrade the tables; up, status, down, backup: a PostgreSQL server of your own",
+        _db_arguments,
+        _db,
+    ),
 }

@@ -91,6 +91,11 @@ class Database:
         """Give the connections back."""
         self._engine.dispose()
 
+    @property
+    def idle_poll_s(self) -> float:
+        """How long a worker that found nothing waits at most before it asks again; a server has many to answer."""
+        return 0.2 if self._path is not None else 2.0
+
     def rest(self) -> None:
         """Give the server its connection back when it was not used for a while; the next use makes one."""
         if self._path is None and clock.awake_s() - self._used_s > IDLE_S:

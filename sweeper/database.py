@@ -189,7 +189,7 @@ def refuse_network_file_system(path: Path, *, mounts: str | None = None) -> None
             f"the database file {path} would lie on a network file system ({kind})",
             why="SQLite's locks are not reliable there, and a lost lock loses runs",
             do="Put it on a local disk with storage.url=sqlite:////local/dir/sweeper.db (run directories may stay "
-            "where they are), use PostgreSQL, or set storage.allow_network_file_system=true if you know better.",
+            "where they are), use PostgreSQL (`sweeper db up` starts one), or set storage.allow_network_file_system=true if you know better.",
         )
 
 
@@ -366,7 +366,7 @@ def _check_machine(engine: Engine, path: Path, recorded: Mapping[str, str]) -> N
         raise StorageError(
             f"the SQLite database {path} belongs to another machine",
             why="SQLite is for the workers of one machine",
-            do="Use PostgreSQL for several machines (storage.url=postgresql://…); if you moved the file here for good, "
+            do="Use PostgreSQL for several machines (`sweeper db up` starts one, storage.url= names one); if you moved the file here for good, "
             "run `sweeper rebuild DATA_DIR` into a new one.",
         )
     with transaction(engine) as connection:

@@ -12,9 +12,12 @@ import importlib.util
 import os
 import pwd
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import fsops
-from sweeper.errors import ConfigError, NotWell, StorageError
+from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotWell, StorageError
 
 USER = DATABASE = "sweeper"
 LOOPBACK = "127.0.0.1"
@@ -41,6 +44,9 @@ class Server:
     """
 
     directory: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", self.directory.absolute())
 
     @property
     def data(self) -> Path:
@@ -63,7 +69,7 @@ class Server:
                 why=error.strerror or str(error),
                 do="`sweeper db up` makes one.",
             ) from error
-        return f"postgresql://{USER}@{host}:{port}/{DATABASE}?passfile={self.password_file.absolute()}"
+        return f"postgresql://{USER}@{host}:{port}/{DATABASE}?passfile={self.password_file}"
 
     @property
     def is_up(self) -> bool:
@@ -84,7 +90,7 @@ class Server:
         """
         self._make_directory()
         with self._locked():
-            if self.is_up:
+            if self._answers():
                 return self.url
             if not self.data.exists():
                 self._make()
@@ -92,6 +98,16 @@ class Server:
                 self._set_password(host, port or _free_port(host))
             self._run("pg_ctl", "-w", "-t", _START_WAIT_S, "-D", self.data, "-l", self._log, "start")
         return self.url
+
+    def _answers(self) -> bool:
+        """Whether it takes connections; one that starts, stops or was just killed is waited for."""
+        until = time.monotonic() + _START_WAIT_S
+        while self.is_up and time.monotonic() < until:
+            host, port, *_ = self.password_file.read_text().split(":")
+            if self._run("pg_isready", "-q", "-h", host, "-p", port, check=False) == 0:
+                return True
+            time.sleep(0.05)
+        return False
 
     def down(self) -> bool:
         """Stop it in order; False when it did not run."""
@@ -113,7 +129,7 @@ class Server:
             with open(temporary, "xb") as file:
                 os.chmod(temporary, 0o600)
                 done = subprocess.run(
-                    [_binary("pg_dump"), "--format=custom", f"--dbname={connection}"],
+                    [binary("pg_dump"), "--format=custom", f"--dbname={connection}"],
                     stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE, text=True,
                 )  # fmt: skip
                 if done.returncode:
@@ -183,7 +199,7 @@ class Server:
         if os.geteuid() == 0:
             account = pwd.getpwnam(_UNPRIVILEGED)
             identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        command = [_binary(program), *map(str, arguments)]
+        command = [binary(program), *map(str, arguments)]
         log = self.directory / f"{program}.log"
         with open(log, "w+") as output:  # a pipe would be kept open by the server it starts
             try:
@@ -203,6 +219,45 @@ class Server:
                 do=f"Its log is {self._log}.",
             )
         return done.returncode
+
+
+# --- `sweeper db …` ------------------------------------------------------------------------
+
+
+def up(server: Server, *, host: str, port: int | None) -> int:
+    """Start it and say how to use it; the URL alone goes to stdout."""
+    url = server.up(host=host, port=port)
+    print(url)
+    print(
+        f"PostgreSQL runs in {server.directory}; what to type in every shell that uses it:\n"
+        f"  export SWEEPER_STORAGE={shlex.quote(url)}\n"
+        f"The password is in {server.password_file}: every machine that works on the sweep has to read this file.",
+        file=sys.stderr,
+    )
+    return EXIT_OK
+
+
+def down(server: Server) -> int:
+    """Stop it; what it holds stays."""
+    was_up = server.down()
+    print(f"PostgreSQL in {server.directory} {'was stopped' if was_up else 'did not run'}", file=sys.stderr)
+    return EXIT_OK
+
+
+def status(server: Server) -> int:
+    """Say whether it runs; 1 when it does not."""
+    print(f"{'up' if server.is_up else 'down'} {server.url}")
+    return EXIT_OK if server.is_up else EXIT_NOT_WELL
+
+
+def backup(server: Server, target: Path) -> int:
+    """Write a dump."""
+    server.backup(target)
+    print(f"{target} written; `pg_restore --clean --create` reads it", file=sys.stderr)
+    return EXIT_OK
+
+
+# --- its parts -----------------------------------------------------------------------------
 
 
 def last_words(log: Path) -> str:
@@ -250,7 +305,8 @@ def _free_port(host: str) -> int:
         ) from error
 
 
-def _binary(name: str) -> str:
+def binary(name: str) -> str:
+    """The path of one of PostgreSQL's programs. Raises ConfigError."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ConfigError(

@@ -9,6 +9,7 @@ import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from sweeper.errors import StorageError
+from sweeper.postgres import url_for_driver
 from sweeper.reading import hide_password
 
 _ERRORS = (SQLAlchemyError, ImportError)
@@ -23,7 +24,7 @@ class Server:
         self._snapshot = False
         try:
             engine = sqlalchemy.create_engine(
-                storage,
+                url_for_driver(storage),
                 poolclass=sqlalchemy.NullPool,
                 isolation_level="REPEATABLE READ",
                 connect_args={"connect_timeout": max(2, round(timeout_s))},

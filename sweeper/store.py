@@ -56,7 +56,9 @@ class Store(Database):
     @patient
     def create_sweep(self, new: NewSweep) -> bool:
         """Create sweep, Optuna study and grid in one transaction; False if the name is taken."""
-        with self._transaction() as connection:
+        same = {"n": new.name, "c": json.dumps(new.config)}
+        proof = "SELECT 1 FROM sweeper_sweep WHERE name=:n AND config=:c"
+        with self._transaction((proof, same)) as connection:
             if execute(connection, "SELECT 1 FROM sweeper_sweep WHERE name=:n", n=new.name).first():
                 return False
             sweep_rows.insert_sweep(connection, new)

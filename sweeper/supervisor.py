@@ -30,6 +30,7 @@ DEATH = "death"
 LAST_LINES = 20
 HELLO_WAIT_S = 300.0
 GOODBYE_WAIT_S = 30.0
+RENEW_AGAIN_S = 1.0
 _MAX_TAIL_BYTES = 64 << 10
 
 
@@ -140,12 +141,14 @@ class Supervisor:
                     selector.unregister(key.fileobj)  # it woke us once; stop_reason() knows why
                 now = clock.awake_s()
                 if now >= next_beat_s:
-                    renewed_boot_s = self._beat(lease, attempt, renewed_boot_s)
-                    next_beat_s = now + self._times.heartbeat_s
+                    before, renewed_boot_s = renewed_boot_s, self._beat(lease, attempt, renewed_boot_s)
+                    is_renewed = renewed_boot_s > before
+                    next_beat_s = now + (self._times.heartbeat_s if is_renewed else RENEW_AGAIN_S)
                 self._listen(run, lease, attempt)
                 if is_dead:  # whatever else may hold its end of the channel open
                     break
                 self._tick()
+                self._store.rest()
                 stop_at_s = self._check_times(attempt, started, stop_at_s)
 
     def _listen(self, run: Run, lease: Lease, attempt: Attempt) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -74,6 +75,10 @@ class StopFlag:
         """What to select on."""
         return (self._wake_r,) if self._launcher_fd is None else (self._wake_r, self._launcher_fd)
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless there is or comes a reason to stop."""
+        select.select(self.fds, [], [], seconds)
+
     def check(self) -> str | None:
         """The reason to stop, or None."""
         if self.reason is None and self._launcher_fd is not None:
@@ -132,17 +137,20 @@ class Worker:
         """Work until nothing is left to do; returns the exit code."""
         if count := self._store.adopt_orphans(self._sweep.sweep_id):
             log(f"[RESUME] {count} trials of the study had no run; they are drawn again")
+        pause_s = IDLE_POLL_S
         while self._stop.check() is None:
             if time.monotonic() < self._rest_until_s:
                 time.sleep(IDLE_POLL_S)
                 continue
             claim = self._find()
             if claim is not None:
+                pause_s = IDLE_POLL_S
                 self._handle(claim)
             elif self._is_finished():
                 return EXIT_OK
             else:
-                time.sleep(IDLE_POLL_S)
+                self._stop.wait(pause_s)
+                pause_s = min(2 * pause_s, self._store.idle_poll_s)
         log(f"[WORKER] {self._name}: released ({self._stop.reason})")
         return EXIT_RELEASED
 

@@ -331,10 +331,10 @@ def check_storage(url: str) -> None:
         raise ConfigError(
             f"storage.url={url!r} is not a database URL", do="Use e.g. sqlite:///outputs/sweeper.db."
         ) from error
-    if backend != "sqlite":
+    if backend not in ("sqlite", "postgresql"):
         raise ConfigError(
-            f"storage.url: {backend} is not supported by this version",
-            do="Use sqlite:///PATH on a local disk.",
+            f"storage.url: {backend} is not supported",
+            do="Use sqlite:///PATH on a local disk, or postgresql://USER@HOST/DATABASE (`sweeper db up` starts one).",
         )
 
 

@@ -124,7 +124,7 @@ def test_unknown_verb_suggests(sweeper: Any) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["list", "--nonsense"], ["list", "--incompl"], ["list", "--state", "broken"], ["show"], ["db", "down"]],
+    [["list", "--nonsense"], ["list", "--incompl"], ["list", "--state", "broken"], ["show"], ["db", "drop"]],
 )
 def test_usage_errors(sweeper: Any, arguments: list[str]) -> None:
     result = sweeper(*arguments)
