@@ -131,6 +131,10 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 def rank_files(name: str, world_size: int) -> Iterator[str]:
     """A file's name on each rank: `rng_state.pt`, `rng_state.rank1.pt`, …."""
+    return (rank_file(name, rank) for rank in range(world_size))
+
+
+def rank_file(name: str, rank: int) -> str:
+    """A file's name on one rank."""
     stem, _, suffix = name.rpartition(".")
-    for rank in range(world_size):
-        yield name if rank == 0 else f"{stem}.rank{rank}.{suffix}"
+    return name if rank == 0 else f"{stem}.rank{rank}.{suffix}"

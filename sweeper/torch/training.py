@@ -11,7 +11,15 @@ from torch.utils.data import DataLoader
 
 from sweeper.errors import CheckpointRefused, Misfit
 from sweeper.torch.order import OrderedLoader, derived_seed, seed_generators
-from sweeper.torch.ranks import Ranks, is_sharded, put_whole_states, rank_files, unwrapped, whole_states
+from sweeper.torch.ranks import (
+    Ranks,
+    is_sharded,
+    put_whole_states,
+    rank_file,
+    rank_files,
+    unwrapped,
+    whole_states,
+)
 from sweeper.torch.state import check_architecture, gradients, rng_state, set_gradients
 from sweeper.trainer.main import is_out_of_memory
 from sweeper.trainer.run import Run
@@ -64,15 +72,15 @@ class Training:
         else:
             model, parts = {}, {}
         files: dict[str, Any] = {MODEL_FILE: model, OPTIMIZER_FILE: parts}
-        own = {"rng": rng_state(), "gradients": gradients(self._modules()) if has_gradients else None}
-        everybody = self.ranks.gathered(own)
-        for name, rank in zip(rank_files(RNG_FILE, len(everybody)), everybody, strict=True):
-            files[name] = rank["rng"]
+        own: dict[str, Any] = {RNG_FILE: rng_state()}
         if has_gradients:
-            for name, rank in zip(rank_files(GRADIENTS_FILE, len(everybody)), everybody, strict=True):
-                files[name] = rank["gradients"]
+            own[GRADIENTS_FILE] = gradients(self._modules())
         if data := self.loader.state_dict():
-            files[DATA_FILE] = data
+            own[DATA_FILE] = data
+        everybody = self.ranks.gathered(own)
+        for name in own:
+            for file, rank in zip(rank_files(name, len(everybody)), everybody, strict=True):
+                files[file] = rank[name]
         return files
 
     def _modules(self) -> dict[str, torch.nn.Module]:
@@ -99,13 +107,16 @@ class Training:
             self._model.load_state_dict(loaded[MODEL_FILE])
         saved_size = saved_ranks(state)
         self.has_changed_ranks = saved_size != self.ranks.world_size
-        mine = dict(enumerate(rank_files(RNG_FILE, saved_size))).get(self.ranks.rank)
-        self.rng = loaded[mine] if mine is not None else self._fresh_rng(state["global_step"])
-        gradient_file = dict(enumerate(rank_files(GRADIENTS_FILE, saved_size))).get(self.ranks.rank, "")
-        if gradient_file in loaded:
-            set_gradients(self._modules(), loaded[gradient_file])
-        self.loader.load_state_dict(loaded.get(DATA_FILE))
+        rng = self._own(RNG_FILE, loaded)
+        self.rng = self._fresh_rng(state["global_step"]) if rng is None else rng
+        if (saved_gradients := self._own(GRADIENTS_FILE, loaded)) is not None:
+            set_gradients(self._modules(), saved_gradients)
+        self.loader.load_state_dict(self._own(DATA_FILE, loaded))
         self.loader.position = state.get("position", self.loader.position_of(state["step_in_epoch"]))
+
+    def _own(self, name: str, loaded: Mapping[str, Any]) -> Any:
+        """What a file of each rank holds for this one; None if it was not there."""
+        return loaded.get(rank_file(name, self.ranks.rank))
 
     def _fresh_rng(self, step: int) -> dict[str, Any]:
         """Generators of a rank that was not there before."""
@@ -118,7 +129,7 @@ class Training:
         """Raise Misfit when a sound checkpoint is of another training. Nothing is changed."""
         try:
             self._check(state, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
-            self.loader.check(loaded.get(DATA_FILE))
+            self.loader.check(self._own(DATA_FILE, loaded))
         except CheckpointRefused as error:
             raise Misfit(error.what, why=error.why) from error
 
@@ -144,7 +155,7 @@ class Training:
     def _check_reshardable(self, state: Mapping[str, Any]) -> None:
         change = f"it was made by {saved_ranks(state)} ranks, these are {self.ranks.world_size}"
         if not self.loader.is_reshardable:
-            raise CheckpointRefused(change, why="the loader's own sampler cannot be shared out anew")
+            raise CheckpointRefused(change, why="the position of the loader's data cannot be shared out anew")
         if "accumulated" in state:
             raise CheckpointRefused(change, why="it lies in the middle of an accumulation of gradients")
 
