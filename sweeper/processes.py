@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sweeper.alive import boot_id, machine_id, pid_namespace, proof_of_death, start_ticks
@@ -25,17 +25,23 @@ __all__ = [
     "ending_of",
     "has_ended",
     "identify",
+    "ignore_signals",
     "kill_group",
     "kill_leftovers",
     "machine_id",
     "outlive_parent",
     "pid_namespace",
     "proof_of_death",
+    "signals_held",
     "start_ticks",
 ]
 
 ATTEMPT_VARIABLE = "SWEEPER_ATTEMPT"
 """Environment variable `<run directory>:<lease_epoch>` that programs started by a trainer inherit."""
+
+NOT_FOR_CHILDREN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What SLURM, or a terminal, sends to all processes of a job: who is in charge of it acts, the others
+end when they are told, or with their parent."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -53,6 +59,7 @@ def identify(pid: int | None = None) -> ProcessId:
         pid=pid,
         start_ticks=start_ticks(pid) or 0,
         slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
+        slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     )
 
 
@@ -132,6 +139,23 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
+def ignore_signals() -> None:
+    """Leave the signals that everybody gets to whoever is in charge; also those that `signals_held` kept back."""
+    for number in NOT_FOR_CHILDREN:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_CHILDREN)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Start children that will `ignore_signals`: one that comes before that waits, instead of ending them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_CHILDREN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def bound_to(parent_pid: int, *, niceness: int = 0) -> Callable[[], None]:
     """What a child does before it becomes somebody else's program: Popen's `preexec_fn`.
 
@@ -141,8 +165,8 @@ def bound_to(parent_pid: int, *, niceness: int = 0) -> Callable[[], None]:
     """
 
     def prepare() -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_DFL)
+        for number in NOT_FOR_CHILDREN:
+            signal.signal(number, signal.SIG_DFL)
         os.nice(niceness)
         die_with_parent(parent_pid)
 

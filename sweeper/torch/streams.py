@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from sweeper import processes
 from sweeper.errors import CheckpointRefused, ConfigError
 
 Item = tuple[int, Any, Any]
@@ -90,12 +91,16 @@ def _as_it_is(item: Any) -> Any:
 
 
 class InitProcess:
-    """`worker_init_fn` of a loader's process, which finds the user's own data set in `get_worker_info()`."""
+    """`worker_init_fn` of a loader's process, which finds the user's own data set in `get_worker_info()`.
+
+    A signal that reaches all processes of a job is its trainer's affair.
+    """
 
     def __init__(self, given: Callable[[int], None] | None) -> None:
         self._given = given
 
     def __call__(self, process: int) -> None:
+        processes.ignore_signals()
         info: Any = get_worker_info()
         object.__setattr__(info, "dataset", info.dataset.dataset)  # it refuses a plain assignment
         if self._given is not None:

@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import random
-import signal
 import socket
 import sys
 import time
@@ -48,8 +47,7 @@ def be_trainer(spec: Spec, channel: Channel, *, log_fd: int, saver_fd: int) -> i
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.close(log_fd)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # the worker decides, and tells at a step boundary
+    processes.ignore_signals()  # the worker decides, and tells at a step boundary
     os.environ["SWEEPER_ATTEMPT"] = in_attempt(spec.run_dir, spec.lease_epoch)
     return be_first(spec, channel, saver_fd=saver_fd)
 

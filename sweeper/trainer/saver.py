@@ -138,11 +138,12 @@ class Process(Protocol):
 
 def start_process(fd: int, channel_fd: int) -> Process:
     """Start a saver at the other end of `fd`. A fresh process: trainers with CUDA or threads cannot be forked."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "sweeper.trainer.saver", str(fd), str(channel_fd), str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-        pass_fds=[open_fd for open_fd in (fd, channel_fd) if open_fd >= 0],
-    )
+    with processes.signals_held():
+        return subprocess.Popen(
+            [sys.executable, "-m", "sweeper.trainer.saver", str(fd), str(channel_fd), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[open_fd for open_fd in (fd, channel_fd) if open_fd >= 0],
+        )
 
 
 def _error_of(raw: dict[str, Any] | None) -> BaseException | None:
@@ -162,6 +163,7 @@ def main(argv: list[str]) -> int:
     """Serve until the trainer is gone."""
     sock, channel_fd, parent_pid = socket.socket(fileno=int(argv[0])), int(argv[1]), int(argv[2])
     processes.die_with_parent(parent_pid)
+    processes.ignore_signals()  # a save in flight is worth more than all of them
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     serve(sock, Channel(socket.socket(fileno=channel_fd)) if channel_fd >= 0 else None)

@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     """Serve until the other end of the socket is closed."""
     kind, sock, parent_pid = argv[0], socket.socket(fileno=int(argv[1])), int(argv[2])
     processes.die_with_parent(parent_pid)
+    processes.ignore_signals()  # so do all it starts
     if kind == "plain":
         serve(sock, Plain())
         return 0

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from sweeper import processes
 from sweeper.channel import Channel
 from sweeper.trainer.run import Spec
 
@@ -52,7 +53,7 @@ def _popen(kind: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen[
     HAZARD: call it in the main thread: the process dies with the thread that created it.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    with theirs, processes.signals_held():
         process = subprocess.Popen(
             [sys.executable, "-m", "sweeper.trainer.server", kind, str(theirs.fileno()), str(os.getpid())],
             env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=(theirs.fileno(),), start_new_session=True,

@@ -174,6 +174,22 @@ def finish(machine: Machine, name: str = "b") -> None:
     assert machine.worker(name).wait(LIMIT_S) == 0, machine.place.printed()
 
 
+# --- told to go by somebody who does not ask the worker ------------------------------------------
+
+
+def test_signals_to_all_but_the_worker_are_no_end(machine: Machine, expected: dict[str, bytes]) -> None:
+    """SLURM sends its signals to every process of a step; the worker alone acts on them."""
+    worker = machine.worker()
+    machine.trainer()
+    for number in processes.NOT_FOR_CHILDREN:
+        for pid in set(machine.alive()) - {worker.pid}:
+            os.kill(pid, number)
+    (machine.place.data_dir / "go").touch()
+    assert worker.wait(LIMIT_S) == 0, machine.place.printed()
+    assert [attempt["outcome"] for attempt in machine.attempts()] == ["completed"]
+    assert bytes_at_the_end(machine.place) == expected
+
+
 # --- killed ------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from crash import mini
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sweeper import checkpoints, rundir
+from sweeper import checkpoints, processes, rundir
 from sweeper.errors import EXIT_RELEASED, ConfigError, SweeperError
 from sweeper.report.verify import latest
 from sweeper.torch import find_latest, open_run, resumable, saves
@@ -122,6 +122,7 @@ def test_killed_while_a_saver_works(base: Path, whole: list[bytes], monkeypatch:
     def each(loop: Any) -> None:
         if loop.step == 6:
             loop._saves.wait()
+            os.kill(loop._saves._saver._process.pid, signal.SIGSTOP)
         if loop.step == 7:
             assert loop._saves.is_busy
             die(loop)
@@ -144,6 +145,22 @@ def test_a_signal_stops_it_at_a_checkpoint(base: Path, whole: list[bytes], numbe
     )
     assert forked(base / "mine") == 0
     assert "going on from step 7" in printed(base / "mine")
+    assert end_of(base / "mine") == whole
+
+
+def test_signals_to_loader_processes_and_saver_are_no_end(
+    base: Path, whole: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal and SLURM send theirs to all processes of a job."""
+    monkeypatch.setattr(saves, "BESIDE_FROM_BYTES", 0)
+
+    def each(loop: Any) -> None:
+        if loop.step in (2, 7):
+            for pid in processes.children():
+                for number in processes.NOT_FOR_CHILDREN:
+                    os.kill(pid, number)
+
+    assert forked(base / "mine", each, num_workers=2) == 0, printed(base / "mine")
     assert end_of(base / "mine") == whole
 
 

@@ -159,6 +159,16 @@ def test_a_killed_saver_is_named_so(trainer: Trainer) -> None:
         trainer.saver.save(trainer.plan(2), trainer.files, size_bytes=4096, metrics_fd=trainer.metrics_fd)
 
 
+def test_signals_that_reach_all_processes_of_a_job_do_not_end_it(tmp_path: Path) -> None:
+    """From its very first moment on: a save in flight must come to its end."""
+    trainer = Trainer(tmp_path)
+    for step in (1, 2):
+        for number in processes.NOT_FOR_CHILDREN:
+            os.kill(trainer.pid, number)
+        assert trainer.save(step).error is None
+    trainer.close()
+
+
 def test_a_bug_in_it_says_what_it_is(trainer: Trainer) -> None:
     done = trainer.save(1, keep={"surplus": 1})
     assert isinstance(done.error, RuntimeError)
