@@ -19,6 +19,7 @@ class ProcessId:
     Attributes:
         start_ticks: Field 22 of /proc/PID/stat, clock ticks after boot.
         pid_namespace: The link text of /proc/PID/ns/pid.
+        slurm_restarts: How often SLURM had requeued the job when this process was started.
     """
 
     host: str
@@ -29,6 +30,15 @@ class ProcessId:
     pid: int
     start_ticks: int
     slurm_job_id: str = ""
+    slurm_restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """That an owner is gone for certain: why, and what that was for its attempt."""
+
+    reason: str
+    outcome: Outcome = Outcome.LOST
 
 
 @dataclass(frozen=True, slots=True)

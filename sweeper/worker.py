@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sweeper import __version__, checkpoints, clock, processes, recovery, rundir
+from sweeper import __version__, checkpoints, clock, processes, recovery, rundir, slurm
 from sweeper.config import changes, for_run, to_yaml
 from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperError
-from sweeper.observer import Observer
+from sweeper.observer import Observer, proof_of_death
 from sweeper.records import Claim, Ending, Lease, Run, Sweep
 from sweeper.recovery import Action, Decision
 from sweeper.rundir import Damaged, Identity, new_wandb_id
@@ -54,20 +54,29 @@ class StopFlag:
 
     Args:
         launcher_fd: Read end of a pipe the launcher holds open; its end means the launcher is gone.
+
+    Attributes:
+        outcome: Of an attempt that is stopped by it.
+        warning_s: How long before the end of its time limit SLURM warns.
     """
 
     def __init__(self, launcher_fd: int | None = None) -> None:
         self.reason: str | None = None
+        self.outcome = Outcome.PREEMPTED
+        self.warning_s = 0.0
         self._launcher_fd = launcher_fd
         if launcher_fd is not None:
             os.set_blocking(launcher_fd, False)
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_w, False)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        more = (signal.SIGUSR1, signal.SIGUSR2) if slurm.is_inside() else ()
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *more):
             signal.signal(signum, self._on_signal)
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.reason is None and slurm.is_inside():
+            self.outcome, self.reason = slurm.why_stopped(signum, warning_s=self.warning_s)
         self.reason = self.reason or f"the worker got {signal.Signals(signum).name}"
 
     @property
@@ -124,7 +133,7 @@ class Worker:
         self._rest_until_s, self._num_refusals = 0.0, 0
         self._search = Search(store, sweep)
         self._times = LeaseTimes(**sweep.config["lease"])
-        self._observer = Observer(ttl_s=self._times.ttl_s)
+        self._observer = Observer(ttl_s=self._times.ttl_s, proof=proof_of_death(slurm.Jobs()))
         self._tracker = Tracker(TrackingSettings.from_config(sweep.config["tracking"]))
         self._supervisor = Supervisor(
             store, search=self._search, times=self._times, server=server, log=log,
@@ -167,8 +176,10 @@ class Worker:
         claim = self._store.claim(sweep_id, owner=self._me, worker=self._name)
         if claim is not None:
             return claim
-        for suspect, reason in self._observer.over(self._store.suspects(sweep_id)):
-            claim = self._store.take_over(suspect, owner=self._me, worker=self._name, reason=reason)
+        for suspect, death in self._observer.over(self._store.suspects(sweep_id)):
+            claim = self._store.take_over(
+                suspect, owner=self._me, worker=self._name, reason=death.reason, outcome=death.outcome
+            )
             if claim is not None:
                 return claim
         return None if self._is_late() else self._draw()
@@ -346,6 +357,8 @@ class Worker:
 
     def _finish(self, run: Run, lease: Lease, run_dir: Path, ending: Ending, *, count: int) -> None:
         config = self._sweep.config
+        if ending.outcome is Outcome.PREEMPTED and self._stop.reason is not None:
+            ending = replace(ending, outcome=self._stop.outcome)
         decision = recovery.after(
             ending, count=count, retry=config["retry"], on_invalid=config["resume"]["on_invalid"]
         )
@@ -579,6 +592,7 @@ def _work(
     store = Store(storage)
     found = store.sweep(sweep)
     store.ttl_s = float(found.config["lease"]["ttl_s"])
+    stop.warning_s = float(found.config["launcher"].get("signal_delay_s") or 0)
     if wants_plain(found.config):
         server.go_plain()
     threads = int(os.environ.get("SWEEPER_THREADS", "1"))

@@ -29,7 +29,8 @@ OPTIONAL_VARIABLES = (
     "TB_PORT",
     "TB_HOST",
 )
-FLAGS = {"--dry-run": "is_dry", "--detach": "is_detached"}
+FLAGS = {"--dry-run": "is_dry", "--detach": "is_detached", "--wait": "is_waiting"}
+KINDS = ("local", "slurm")
 
 
 @dataclass(slots=True)
@@ -38,13 +39,14 @@ class Flags:
 
     is_dry: bool = False
     is_detached: bool = False
+    is_waiting: bool = False
 
 
 def main(argv: list[str], *, template: Template | None = None) -> int:
     """Launch a sweep, or go on with it; returns the exit code.
 
     Args:
-        argv: What follows `launch`: overrides, Hydra's flags, --dry-run, --detach.
+        argv: What follows `launch`: overrides, Hydra's flags, --dry-run, --detach, --wait.
         template: Where local workers' servers come from, started ahead.
     """
     flags, rest = _take_flags(argv)
@@ -68,11 +70,26 @@ def main(argv: list[str], *, template: Template | None = None) -> int:
     if flags.is_dry:
         return _dry_run(settings)
     _warn_of_searched(settings)
+    _check_launcher(settings)
     sweep, store = prepare(settings)
     return start(
         sweep, store, storage=settings.storage, data_dir=settings.data_dir,
-        is_detached=flags.is_detached, template=template,
+        flags=flags, template=template,
     )  # fmt: skip
+
+
+def _check_launcher(settings: Settings) -> None:
+    """Refuse what cannot start before anything is recorded. Raises ConfigError."""
+    kind, new = settings.launcher.get("kind"), settings.new
+    if kind not in KINDS:
+        raise ConfigError(f"launcher={kind} is not known", do=f"Use one of {', '.join(KINDS)}.")
+    if kind == "slurm":
+        from sweeper.launch.slurm import Submission
+
+        submission = Submission.of(
+            new.name, settings.launcher, storage=settings.storage, data_dir=settings.data_dir
+        )
+        submission.check(min(settings.launcher["n_workers"], new.n_trials))
 
 
 def _again(argv: list[str], overrides: list[str]) -> list[str]:
@@ -162,6 +179,14 @@ def _dry_run(settings: Settings) -> int:
     )
     for key, value in sorted(new.config["sweep"]["params"].items()):
         print(f"  {key}: {value}")
+    if settings.launcher["kind"] == "slurm":
+        from sweeper.launch.slurm import Submission
+
+        submission = Submission.of(
+            new.name, settings.launcher, storage=settings.storage, data_dir=settings.data_dir
+        )
+        print(submission.text(min(settings.launcher["n_workers"], new.n_trials)), end="")
+        return EXIT_OK
     for command in local.commands(new.name, n_workers=settings.launcher["n_workers"]):
         print(f"  would start: {' '.join(command)}")
     return EXIT_OK
@@ -251,27 +276,31 @@ def start(
     *,
     storage: str,
     data_dir: Path,
-    is_detached: bool = False,
+    flags: Flags | None = None,
     template: Template | None = None,
 ) -> int:
-    """Start workers for what is left of a sweep and follow them; returns the exit code."""
+    """Start workers for what is left of a sweep; follow them, unless they are SLURM's. Returns the exit code."""
     from sweeper.worker import check_data_dir, tidy_final
 
     check_data_dir(store, sweep, data_dir)
     tidy_final(store, sweep, data_dir)
     left, incomplete = store.count_left(sweep.sweep_id)
     store.close()
-    kind = str(sweep.config["launcher"]["kind"])
-    if kind != "local":
-        raise ConfigError(f"launcher={kind} is not known", do="Use launcher=local.")
+    flags = flags or Flags()
     from sweeper.launch import local, progress
 
     if left == 0 and incomplete == 0:
         print(f"sweep {sweep.name} is complete: all {sweep.n_trials} trials are done", file=sys.stderr)
         return progress.final_report(sweep.name, storage=storage, data_dir=data_dir)
+    if sweep.config["launcher"]["kind"] == "slurm":
+        from sweeper.launch import slurm
+
+        return slurm.launch(
+            sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete, is_waiting=flags.is_waiting
+        )
     return local.run(
         sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete,
-        is_detached=is_detached, template=template,
+        is_detached=flags.is_detached, template=template,
     )  # fmt: skip
 
 

@@ -260,6 +260,11 @@ def check_values(config: dict[str, Any]) -> None:
         lease["ttl_s"],
         "Use at least three heartbeats.",
     )
+    for key, value in launcher.items():
+        bad = any(not character.isprintable() for character in str(value))
+        _need(
+            not bad, f"launcher.{key}", value, "It becomes a line of a script: use printable characters only."
+        )
     workers = launcher.get("n_workers", 1)
     _need(
         _is_count(workers) and 1 <= workers <= 10_000,

@@ -37,9 +37,9 @@ def num_ranks(config: Mapping[str, Any]) -> int:
 
 def uses_cuda(config: Mapping[str, Any]) -> bool:
     """Whether trainers will use CUDA."""
-    return bool(config["launcher"].get("gpus_per_worker")) or "cuda" in str(
-        config["trainer"].get("device", "")
-    )
+    launcher = config["launcher"]
+    has_gpus = launcher.get("gpus_per_worker") or launcher.get("gpus_per_node")
+    return bool(has_gpus) or "cuda" in str(config["trainer"].get("device", ""))
 
 
 def wants_plain(config: Mapping[str, Any]) -> bool:

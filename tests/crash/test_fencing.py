@@ -33,6 +33,7 @@ from crash.mini import (
 
 from sweeper import observer, processes, worker
 from sweeper.errors import Fenced
+from sweeper.records import Death
 from sweeper.retention import Keep, Kept
 from sweeper.tracking import MetricsLog, read_rows
 
@@ -43,8 +44,8 @@ def take_over(place: Place) -> int:
     """Work as another worker would that cannot see the first: it takes everything for over."""
 
     def run() -> int:
-        worker.Observer = lambda ttl_s: observer.Observer(  # type: ignore[assignment,misc]
-            ttl_s=ttl_s, proof=lambda process: "nobody renews its lease"
+        worker.Observer = lambda ttl_s, proof: observer.Observer(  # type: ignore[assignment,misc]
+            ttl_s=ttl_s, proof=lambda process: Death("nobody renews its lease")
         )
         processes.kill_leftovers = lambda *_, **__: []
         return work(place)()

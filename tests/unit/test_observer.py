@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 
 from sweeper import alive, clock, processes
-from sweeper.observer import Observer
-from sweeper.records import ProcessId, Suspect
+from sweeper.observer import Observer, proof_of_death
+from sweeper.records import Death, ProcessId, Suspect
+from sweeper.slurm import Jobs
 
 TTL_S = 60.0
 HEARTBEAT_S = 10.0
+PROOF = proof_of_death(Jobs())
 
 
 class Clocks:
@@ -54,7 +56,7 @@ def suspect(owner: ProcessId, **changes: object) -> Suspect:
 
 def reason(observer: Observer, seen: Suspect) -> str | None:
     found = observer.over([seen])
-    return found[0][1] if found else None
+    return found[0][1].reason if found else None
 
 
 # --- proof -------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def reason(observer: Observer, seen: Suspect) -> str | None:
 def test_a_live_owner_is_left_alone_and_a_dead_one_is_over_at_once(
     sleeper: subprocess.Popen[bytes],
 ) -> None:
-    observer, owner = Observer(ttl_s=TTL_S), processes.identify(sleeper.pid)
+    observer, owner = Observer(ttl_s=TTL_S, proof=PROOF), processes.identify(sleeper.pid)
     assert reason(observer, suspect(owner)) is None
     sleeper.kill()
     sleeper.wait()
@@ -74,18 +76,18 @@ def test_an_owner_that_nobody_waited_for_is_gone_too(sleeper: subprocess.Popen[b
     owner = processes.identify(sleeper.pid)
     sleeper.kill()
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
-    assert reason(Observer(ttl_s=TTL_S), suspect(owner)) == f"its process {owner.pid} is gone"
+    assert reason(Observer(ttl_s=TTL_S, proof=PROOF), suspect(owner)) == f"its process {owner.pid} is gone"
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_owner() -> None:
     me = processes.identify()
     earlier = replace(me, start_ticks=me.start_ticks - 1)
-    assert reason(Observer(ttl_s=TTL_S), suspect(earlier)) == f"its process {me.pid} is gone"
+    assert reason(Observer(ttl_s=TTL_S, proof=PROOF), suspect(earlier)) == f"its process {me.pid} is gone"
 
 
 def test_a_reboot_of_this_machine_is_proof() -> None:
     before = replace(processes.identify(), boot_id="11111111-2222-3333-4444-555555555555")
-    assert reason(Observer(ttl_s=TTL_S), suspect(before)) == "this machine has rebooted since"
+    assert reason(Observer(ttl_s=TTL_S, proof=PROOF), suspect(before)) == "this machine has rebooted since"
 
 
 GONE = 4_190_000  # above the kernel's largest pid
@@ -106,7 +108,7 @@ def test_elsewhere_nothing_is_proof_and_only_a_still_heartbeat_ends_a_lease(
     clocks: Clocks, where: str
 ) -> None:
     owner = replace(processes.identify(), **ELSEWHERE[where])  # type: ignore[arg-type]
-    observer = Observer(ttl_s=TTL_S)
+    observer = Observer(ttl_s=TTL_S, proof=PROOF)
     assert alive.proof_of_death(owner) is None
     assert reason(observer, suspect(owner)) is None
     clocks.pass_s(TTL_S - 0.1)
@@ -182,7 +184,7 @@ def test_a_clock_moved_by_two_hours_blocks_no_takeover(clocks: Clocks, jump_s: f
     clocks.wall_s += jump_s
     clocks.pass_s(TTL_S)
     assert reason(observer, seen)
-    dead = Observer(ttl_s=TTL_S, proof=lambda owner: "gone")
+    dead = Observer(ttl_s=TTL_S, proof=lambda owner: Death("gone"))
     assert reason(dead, seen) == "gone"
 
 
@@ -203,7 +205,7 @@ def test_a_machine_that_slept_does_not_count_the_sleep(clocks: Clocks) -> None:
 def test_a_run_that_kills_its_owners_is_taken_over_more_and_more_slowly(
     clocks: Clocks, lost_before: int, wait_s: float
 ) -> None:
-    observer = Observer(ttl_s=TTL_S, proof=lambda owner: "gone")
+    observer = Observer(ttl_s=TTL_S, proof=lambda owner: Death("gone"))
     seen = suspect(processes.identify(), lost_count=lost_before)
     if wait_s:
         assert reason(observer, seen) is None
@@ -214,11 +216,11 @@ def test_a_run_that_kills_its_owners_is_taken_over_more_and_more_slowly(
 
 
 def test_each_suspect_is_judged_by_itself(clocks: Clocks) -> None:
-    dead: Callable[[ProcessId], str | None] = lambda owner: "gone" if owner.pid == 2 else None  # noqa: E731
+    dead: Callable[[ProcessId], Death | None] = lambda owner: Death("gone") if owner.pid == 2 else None  # noqa: E731
     observer, me = Observer(ttl_s=TTL_S, proof=dead), processes.identify()
     seen = [
         suspect(replace(me, pid=1), run_id="a.r.00000"),
         suspect(replace(me, pid=2), run_id="a.r.00001"),
         suspect(replace(me, pid=3), run_id="a.r.00002"),
     ]
-    assert observer.over(seen) == [(seen[1], "gone")]
+    assert observer.over(seen) == [(seen[1], Death("gone"))]

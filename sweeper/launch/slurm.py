@@ -1,0 +1,237 @@
+"""Workers as one SLURM job array, through submitit. The launch returns at once; `--wait` follows.
+
+submitit writes the sbatch file and the pickles, and submits. What becomes of a run is in the
+database and the run directories: submitit's states and results are not asked.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from sqlalchemy.engine import make_url
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError
+
+from sweeper import slurm
+from sweeper.errors import EXIT_INTERRUPTED, EXIT_NOT_WELL, EXIT_OK, ConfigError
+from sweeper.launch.progress import Display, final_report
+from sweeper.launch.slurm_worker import Worker
+from sweeper.reading import Reading
+from sweeper.records import Sweep
+from sweeper.report.hints import next_command
+
+POLL_S = 2.0
+OURS = ("kind", "n_workers", "ranks_per_worker")
+"""Keys of the launcher group that are not submitit's."""
+
+REQUEUE = """\
+code=$?
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+job="${job:-$SLURM_JOB_ID}"
+# 75: the worker has released its run, which is to be continued. Above 128: it was killed.
+# This script gets no signal in the grace of a preemption and at the warning of a time limit, and dies
+# at scancel: so whoever comes here is to be requeued. A job that ended by itself would not be.
+if [ "$code" -eq 75 ] || { [ "$code" -gt 128 ] && [ "$SECONDS" -gt 20 ]; }; then
+  for attempt in $(seq 60); do
+    scontrol requeue "$job" && sleep 60  # until SLURM ends this script
+    sleep 5
+  done
+fi
+exit "$code"
+"""
+"""The end of the sbatch file. Outside of any container, so that `scontrol` is there."""
+
+
+class _Executor(SlurmExecutor):
+    """submitit's, which can also be made where there is no SLURM, to show the sbatch file."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job array that is to be, or was, submitted.
+
+    Attributes:
+        folder: Where its sbatch files, pickles and logs lie.
+        label: What its jobs carry as comment, to be known among others of the same name.
+    """
+
+    sweep: str
+    launcher: Mapping[str, Any]
+    folder: Path
+    worker: Worker
+
+    @classmethod
+    def of(cls, sweep: str, launcher: Mapping[str, Any], *, storage: str, data_dir: Path) -> Submission:
+        """The submission of a sweep's workers. Raises ConfigError."""
+        if make_url(storage).password:
+            raise ConfigError(
+                "a database URL with a password cannot be handed to SLURM jobs",
+                why="it would stand in files",
+                do="Put the password into ~/.pgpass, or into a file that ?passfile= in storage.url names.",
+            )
+        folder = data_dir.resolve() / "sweep" / sweep / "slurm"
+        worker = Worker(
+            sweep, _absolute(storage), str(data_dir.resolve()), int(launcher["cpus_per_task"] or 1)
+        )
+        return cls(sweep, launcher, folder, worker)
+
+    @property
+    def job_name(self) -> str:
+        return f"sweeper-{self.sweep}"
+
+    @property
+    def label(self) -> str:
+        return f"sweeper {blake3(self.worker.data_dir.encode()).hexdigest(6)}"
+
+    def text(self, num_workers: int) -> str:
+        """The sbatch file. Raises ConfigError when submitit does not know a parameter."""
+        executor = self._executor()
+        executor.parameters["map_count"] = num_workers
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+    def check(self, num_workers: int) -> None:
+        """Let SLURM look at the sbatch file before anything is recorded. Raises ConfigError in SLURM's words."""
+        if shutil.which("sbatch") is None:
+            raise ConfigError(
+                "launcher=slurm needs SLURM's commands",
+                why="there is no sbatch on the PATH",
+                do="Use launcher=local.",
+            )
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=self.text(num_workers), capture_output=True, text=True
+        )
+        if done.returncode:
+            raise refused(done.stderr)
+
+    def submit(self, num_workers: int) -> list[str]:
+        """Submit so many workers; returns their job ids. Raises ConfigError in SLURM's words."""
+        make_private(self.folder)
+        executor = self._executor()
+        try:
+            with executor.batch():
+                jobs = [executor.submit(self.worker) for _ in range(num_workers)]
+            return [str(job.job_id) for job in jobs]
+        except FailedJobError as error:
+            raise refused(str(error)) from error
+
+    def num_active(self) -> int:
+        """How many workers of this sweep and data directory SLURM has, waiting or running. Raises ConfigError."""
+        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.job_name}", "--format=%T %k"]
+        answer = slurm.run(command)
+        if answer is None:
+            raise ConfigError(
+                "squeue does not answer",
+                do="Nothing was submitted; try again when SLURM's controller is back.",
+            )
+        lines = (line.split(maxsplit=1) for line in answer.splitlines())
+        return sum(
+            line[1:] == [self.label] and line[0] in ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED")
+            for line in lines
+        )
+
+    def _executor(self) -> _Executor:
+        given = {name: value for name, value in self.launcher.items() if name not in OURS}
+        additional = {"requeue": True, "comment": self.label, **given.pop("additional_parameters")}
+        parameters = {name: value for name, value in given.items() if value is not None and value != []}
+        try:
+            executor = _Executor(folder=self.folder)
+            executor.update_parameters(
+                job_name=self.job_name, wckey=None, teardown=REQUEUE.splitlines(), stderr_to_stdout=True,
+                additional_parameters=additional, **executor._convert_parameters(parameters),
+            )  # fmt: skip
+        except (ValueError, TypeError, AssertionError, NameError) as error:
+            raise ConfigError(
+                "the launcher group is refused", why=" ".join(str(error).split())[:500]
+            ) from error
+        return executor
+
+
+def _absolute(storage: str) -> str:
+    """The URL with an absolute path: a job may start in another directory."""
+    url = make_url(storage)
+    if url.get_backend_name() != "sqlite":
+        return storage
+    return f"sqlite:///{Path(str(url.database)).resolve()}"
+
+
+def refused(said: str) -> ConfigError:
+    """What SLURM said, as an error."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    words = [line.partition("error:")[2].strip() for line in lines if "error:" in line] or lines
+    return ConfigError(
+        "SLURM refuses the job",
+        why="; ".join(words),
+        do="Nothing was started. Change launcher.* and launch again.",
+    )
+
+
+def make_private(folder: Path) -> None:
+    """Create the folder of pickles, which jobs execute: nobody else may write there. Raises ConfigError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} is not a directory of yours", do="Remove it, or choose another data_dir or sweep.name."
+        )
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        os.chmod(folder, 0o700)
+
+
+# --- launching -----------------------------------------------------------------------------
+
+
+def launch(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_waiting: bool) -> int:
+    """Submit the workers that are missing; returns the exit code."""
+    submission = Submission.of(sweep.name, sweep.config["launcher"], storage=storage, data_dir=data_dir)
+    num_wanted = min(int(sweep.config["launcher"]["n_workers"]), num_left)
+    num_active = submission.num_active()
+    if num_active < num_wanted:
+        jobs = submission.submit(num_wanted - num_active)
+        print(f"submitted {len(jobs)} workers: {', '.join(jobs)}")
+    else:
+        print(f"SLURM has {num_active} workers of sweep {sweep.name} already; nothing was submitted")
+    status = next_command("status", sweep.name, "--watch", storage=storage, data_dir=data_dir)
+    print(f"logs: {submission.folder}\nfollow with: {status}", file=sys.stderr)
+    return follow(submission, storage=storage, data_dir=data_dir) if is_waiting else EXIT_OK
+
+
+def follow(submission: Submission, *, storage: str, data_dir: Path) -> int:
+    """Show the sweep until it is complete, or SLURM has no worker of it any more."""
+    sweep = submission.sweep
+    try:
+        with Display(sweep, storage=storage) as display:
+            while not _is_complete(sweep, storage):
+                if submission.num_active() == 0 and not _is_complete(sweep, storage):
+                    again = next_command("resume", sweep, storage=storage, data_dir=data_dir)
+                    display.line(
+                        f"[LAUNCH] SLURM has no worker of {sweep} any more, and it is not complete: {again}"
+                    )
+                    return EXIT_NOT_WELL
+                display.refresh()
+                time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print(
+            f"\nthe workers of {sweep} go on; `scancel --name={submission.job_name}` ends them",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    return final_report(sweep, storage=storage, data_dir=data_dir)
+
+
+def _is_complete(sweep: str, storage: str) -> bool:
+    with Reading(storage) as reading:
+        return bool(reading.progress(sweep)["is_complete"])
