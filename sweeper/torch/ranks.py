@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class Kind(Enum):
+    """Why a checkpoint is not used."""
+
+    DAMAGED = "damaged"
+    UNFIT = "of another training"
+    NO_MEMORY = "too big"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One rank does not use a checkpoint; all hear of it, and draw the same conclusion."""
+
+    text: str
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +74,16 @@ class Ranks:
         dist.gather_object(value, box, dst=0, group=self.group)
         return box or []
 
-    def agreed(self, problem: str | None) -> str | None:
-        """The first problem any rank has, on all of them; None when there is none. Collective."""
+    def agreed(self, refusal: Refusal | None) -> Refusal | None:
+        """The first refusal any rank has, on all of them; None when there is none. Collective."""
         if self.world_size == 1:
-            return problem
-        box: list[Any] = [None] * self.world_size
-        dist.all_gather_object(box, problem, group=self.group)
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(box) if text is not None), None)
+            return refusal
+        box: list[Refusal | None] = [None] * self.world_size
+        dist.all_gather_object(box, refusal, group=self.group)
+        for rank, found in enumerate(box):
+            if found is not None:
+                return found if rank == 0 else replace(found, text=f"rank {rank}: {found.text}")
+        return None
 
 
 # --- sharded models ------------------------------------------------------------------------

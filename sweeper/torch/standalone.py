@@ -57,6 +57,8 @@ class _SignalLink(NoLink):
 class StandaloneRun(Run):
     """A run that no worker stands behind."""
 
+    ADVICE_UNFIT = "Put the script back as it was, or give it another directory."
+
     lock: Lock
 
     def __enter__(self) -> Self:

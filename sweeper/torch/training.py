@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from sweeper.torch.ranks import (
     whole_states,
 )
 from sweeper.torch.state import check_architecture, gradients, rng_state, set_gradients
-from sweeper.trainer.main import is_out_of_memory
+from sweeper.trainer.main import is_another_ranks, is_out_of_memory
 from sweeper.trainer.run import Run
 
 MODEL_FILE = "model.pth"
@@ -93,18 +94,24 @@ class Training:
         """Put the parts back; sharded ones need all ranks at once. Raises CheckpointRefused."""
         if self._is_sharded:
             return
-        try:
+        with _refusing():
             for name, part in self._parts.items():
                 part.load_state_dict(parts[name])
-        except (KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
-            raise unfit(error) from error
 
     def put(self, state: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
-        """Put back what all ranks have agreed on: everything but the parts, or those too if sharded."""
-        if self._is_sharded:
-            put_whole_states(self._model, self._parts, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
-        else:
-            self._model.load_state_dict(loaded[MODEL_FILE])
+        """Put back what all ranks have agreed on: everything but the parts, or those too if sharded.
+
+        Raises:
+            CheckpointRefused: It does not fit after all.
+        """
+        with _refusing():
+            if self._is_sharded:
+                put_whole_states(self._model, self._parts, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
+            else:
+                self._model.load_state_dict(loaded[MODEL_FILE])
+            self._put_own(state, loaded)
+
+    def _put_own(self, state: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
         saved_size = saved_ranks(state)
         self.has_changed_ranks = saved_size != self.ranks.world_size
         rng = self._own(RNG_FILE, loaded)
@@ -174,6 +181,19 @@ class Training:
 def saved_ranks(state: Mapping[str, Any]) -> int:
     """How many ranks made a checkpoint."""
     return int(state.get("ranks", {}).get("world_size", 1))
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever is raised says that the checkpoint does not fit; but not that another rank is gone."""
+    try:
+        yield
+    except CheckpointRefused:
+        raise
+    except Exception as error:
+        if is_another_ranks(error):
+            raise
+        raise unfit(error) from error
 
 
 def unfit(error: BaseException) -> Misfit:

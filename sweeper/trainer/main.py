@@ -39,7 +39,7 @@ from sweeper.trainer.run import (
 from sweeper.trainer.saver import SaverLost
 
 MAX_TRACEBACK_CHARS = 20_000
-PEER_WAIT_S = 10.0
+PEER_WAIT_S = 5.0
 
 
 def be_trainer(spec: Spec, channel: Channel, *, log_fd: int, saver_fd: int) -> int:
@@ -68,30 +68,36 @@ def be_first(spec: Spec, channel: Channel, *, saver_fd: int) -> int:
 
 def train_and_tell(spec: Spec, link: WorkerLink, *, saver_fd: int = -1) -> int:
     """Run the training function and tell the worker the outcome."""
-    run = Run(spec, link, saver_fd=saver_fd)
+    code, ending = ending_of(Run(spec, link, saver_fd=saver_fd))
+    link.tell(ending.pop("kind"), **ending)
+    return code
+
+
+def ending_of(run: Run) -> tuple[int, Message]:
+    """Train to the end, whatever it is: the exit code, and what the worker should be told.
+
+    Raises:
+        ChannelClosed: There is no worker any more.
+    """
     try:
         verdict = train(run)
         run.finish()
     except Preempted as stop:
-        link.tell("preempted", reason=str(stop))
-        return EXIT_RELEASED
+        return EXIT_RELEASED, {"kind": "preempted", "reason": str(stop)}
     except Fenced as error:
         say(f"[RUN] {error}")
-        link.tell("fenced", reason=str(error))
-        return EXIT_FENCED
+        return EXIT_FENCED, {"kind": "fenced", "reason": str(error)}
     except NoValidCheckpoint as error:
-        link.tell("no_checkpoint", reason=str(error))
-        return 1
+        return 1, {"kind": "no_checkpoint", "reason": str(error)}
     except ChannelClosed:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a user's code raises is an outcome
-        if is_lost := spec.num_ranks > 1 and _is_another_ranks(error):
+        if is_others := run.spec.num_ranks > 1 and is_another_ranks(error):
             say(f"[RUN] another rank is gone or hangs: {error}")
-            time.sleep(PEER_WAIT_S)  # torchrun ends us meanwhile, and its end tells how that rank ended
-        return _tell_error(error, link, run, is_lost=is_lost)
-    else:
-        link.tell(verdict.pop("kind"), **verdict)
-    return 0
+            if "timed out" not in str(error).lower():
+                time.sleep(PEER_WAIT_S)  # torchrun ends us meanwhile: that rank has ended, and tells how
+        return 1, _told_error(error, run, is_others=is_others)
+    return 0, verdict
 
 
 def train(run: Run) -> Message:
@@ -112,26 +118,26 @@ def train(run: Run) -> Message:
         raise
 
 
-def _tell_error(error: BaseException, link: WorkerLink, run: Run, *, is_lost: bool = False) -> int:
+def _told_error(error: BaseException, run: Run, *, is_others: bool) -> Message:
     # Of a program, what it printed says more than a traceback of ours.
     text = "" if isinstance(error, TrainingFailed) else traceback.format_exc()
     say(text or f"[RUN] {error}")
     is_plain = isinstance(error, ConfigError | BadValue | TrainingFailed)
     reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
-    link.tell(
-        "error",
-        reason=reason[:2000],
-        detail=text[-MAX_TRACEBACK_CHARS:],
-        is_bad_value=isinstance(error, BadValue),
-        is_config=isinstance(error, ConfigError),
-        is_oom=is_out_of_memory(error),
-        is_disk_fault=_is_disk_fault(error, run.directory),
-        is_lost=is_lost
+    return {
+        "kind": "error",
+        "reason": reason[:2000],
+        "detail": text[-MAX_TRACEBACK_CHARS:],
+        "is_bad_value": isinstance(error, BadValue),
+        "is_config": isinstance(error, ConfigError),
+        "is_oom": is_out_of_memory(error),
+        "is_disk_fault": _is_disk_fault(error, run.directory),
+        "is_lost": is_others
         or _is_loader_killed(error)
         or isinstance(error, SaverLost)
         or (isinstance(error, TrainingFailed) and error.is_lost),
-    )
-    return 1
+        "is_others": is_others,
+    }
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -142,12 +148,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _is_another_ranks(error: BaseException) -> bool:
+def is_another_ranks(error: BaseException) -> bool:
     """A collective failed because a rank is gone or did not come in time."""
     text = str(error).lower()
-    is_timeout = "timed out" in text or "timeout" in text
     return isinstance(error, RuntimeError) and (
-        type(error).__name__.startswith("Dist") or ("gloo" in text or "nccl" in text) or is_timeout
+        type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
     )
 
 

@@ -3,11 +3,13 @@
 `python -m sweeper.trainer.ranks FD LOG_FD SAVER_FD PARENT_PID` runs torchrun's agent, whose end tells
 how the first rank that failed had ended. Rank 0 fetches the request and the channels from it and
 talks to the worker; the others only follow it, through torch.distributed. A rank that dies ends them
-all at once; one that hangs, when the others have waited `lease.ranks_s` for it.
+all at once; one that hangs, when the others have waited `lease.ranks_s` for it. What another rank than 0
+raised it leaves behind, and the agent tells the worker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -22,10 +24,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sweeper import processes
-from sweeper.channel import Channel, NoLink
+from sweeper.channel import Channel, ChannelClosed, Message, NoLink
 from sweeper.checkpoints import Manifest
 from sweeper.trainer import main as trainer_main
-from sweeper.trainer.run import Run, Spec, Stop, in_attempt
+from sweeper.trainer.run import Run, Spec, in_attempt
 
 MAX_REQUEST_BYTES = 1 << 20
 NUM_FDS = 3
@@ -69,46 +71,99 @@ def main(argv: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    ended_here = _kill_at_once()
     with tempfile.TemporaryDirectory(prefix="sweeper-ranks-") as directory:
         os.environ[SOCKET_VARIABLE] = f"{directory}/rank0"
         os.environ[processes.ATTEMPT_VARIABLE] = in_attempt(spec.run_dir, spec.lease_epoch)
-        listener = _offer(os.environ[SOCKET_VARIABLE])
-        threading.Thread(target=_hand_out, args=(listener, request.encode(), fds), daemon=True).start()
+        handover = _Handover(os.environ[SOCKET_VARIABLE], request.encode(), fds)
         try:
             torchrun.main(
                 [
                     f"--nproc-per-node={spec.num_ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
                     f"--rdzv-id={os.getpid()}", "--max-restarts=0", "--local-addr=127.0.0.1",
+                    "--signals-to-handle=SIGQUIT",  # the others are the worker's affair
                     "-m", "sweeper.trainer.rank",
                 ]
             )  # fmt: skip
         except ChildFailedError as error:
-            failure = _first_of(error.failures.values())
-            print(f"[RUN] rank {failure.local_rank} ended first, with code {failure.exitcode}", flush=True)
-            return int(failure.exitcode)
+            failures = [each for rank, each in error.failures.items() if rank not in ended_here]
+            endings = {each.local_rank: _ending_left(directory, each.local_rank) for each in failures}
+            first = min(failures, key=lambda each: _comes_after(each, endings[each.local_rank]))
+            print(f"[RUN] rank {first.local_rank} ended first, with code {first.exitcode}", flush=True)
+            if ending := endings[first.local_rank]:
+                handover.tell({**ending, "reason": f"rank {first.local_rank}: {ending['reason']}"})
+            return int(first.exitcode)
     return 0
 
 
-def _first_of(failures: Iterable[Any]) -> Any:
-    """The failure that was first. torchrun ends the other ranks by SIGTERM, within the same second."""
-    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM]
-    return min(own or failures, key=lambda failure: failure.timestamp)
+def _kill_at_once() -> set[int]:
+    """Have torchrun end the ranks that are left by SIGKILL; returns where it notes which they were.
+
+    It would give them 30 s after SIGTERM, which no option shortens, and one that hangs takes them
+    all. What they have to say is said by then, or is worth nothing.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    ended: set[int] = set()
+    close = SubprocessContext._close
+
+    def kill(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        left = [rank for rank, handler in self.subprocess_handlers.items() if handler.proc.poll() is None]
+        ended.update(left)
+        close(self, signal.SIGKILL, timeout)
+
+    SubprocessContext._close = kill  # type: ignore[method-assign]
+    return ended
 
 
-def _offer(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(path)
-    listener.listen(1)
-    return listener
+def _ending_left(directory: str, rank: int) -> Message:
+    """What a rank that follows has left to be told of its end; empty if it said nothing."""
+    try:
+        return json.loads(Path(directory, f"ending.{rank}").read_bytes())  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
 
 
-def _hand_out(listener: socket.socket, request: bytes, fds: list[int]) -> None:
-    """Give rank 0 the request and the channels, and keep none: their end must be seen."""
-    connection, _ = listener.accept()
-    with connection:
-        socket.send_fds(connection, [request], fds)
-    for fd in fds:
-        os.close(fd)
+def _comes_after(failure: Any, ending: Message) -> tuple[bool, int, int]:
+    """Sorts failures: those that came of another rank's end behind that one."""
+    return bool(ending.get("is_others")), failure.timestamp, failure.local_rank
+
+
+class _Handover:
+    """Gives rank 0 the request and the channels, and tells the worker what rank 0 could not.
+
+    A channel is kept only until rank 0 has told how the attempt ended: then its end must be seen.
+    """
+
+    def __init__(self, path: str, request: bytes, fds: list[int]) -> None:
+        self._channel_fd, self._fds, self._request = fds[0], fds, request
+        self._has_told = False
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(path)
+        self._listener.listen(1)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # rank 0 never came
+            return
+        with connection:
+            socket.send_fds(connection, [self._request], self._fds)
+            for fd in self._fds[1:]:
+                os.close(fd)
+            self._has_told = bool(connection.recv(1))
+        if self._has_told:
+            os.close(self._channel_fd)
+
+    def tell(self, ending: Message) -> None:
+        """Tell the worker how the attempt ended, unless rank 0 has. All ranks are gone by now."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        if not self._has_told:
+            with contextlib.suppress(ChannelClosed):
+                Channel(socket.socket(fileno=self._channel_fd)).send(**ending)
 
 
 def end_as(code: int) -> NoReturn:
@@ -128,43 +183,51 @@ def be_rank() -> int:
     import torch.distributed as dist
 
     processes.die_with_parent(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes.ignore_signals()
     rank = int(os.environ["RANK"])
-    channel, saver_fd, request = (None, -1, {"spec": {}}) if rank else _fetch(os.environ[SOCKET_VARIABLE])
+    first = _First(os.environ[SOCKET_VARIABLE]) if rank == 0 else None
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
     )
     key = f"sweeper/{os.environ['TORCHELASTIC_RUN_ID']}/spec"
-    if rank == 0:
-        store.set(key, json.dumps(request["spec"]))
+    if first is not None:
+        store.set(key, json.dumps(first.request["spec"]))
     spec = Spec(**json.loads(store.get(key)))
     dist.init_process_group(spec.backend, timeout=timedelta(seconds=spec.ranks_s))
-    try:
-        if channel is not None:
-            return trainer_main.be_first(spec, channel, saver_fd=saver_fd)
-        return _follow(spec)
-    finally:
+    code = _follow(spec, rank) if first is None else first.train(spec)
+    if code == 0:
         dist.destroy_process_group()
+    return code
 
 
-def _fetch(path: str) -> tuple[Channel, int, dict[str, Any]]:
-    """Rank 0's request and channels, from the server that holds them."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.connect(path)
-        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST_BYTES, NUM_FDS)
-    channel_fd, log_fd, saver_fd = fds
-    os.close(log_fd)  # it is this process's output already
-    return Channel(socket.socket(fileno=channel_fd)), saver_fd, json.loads(data)
+class _First:
+    """Rank 0, which has the request and the channels from the process that holds them."""
+
+    def __init__(self, path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.connect(path)
+        data, (channel_fd, log_fd, self._saver_fd), _, _ = socket.recv_fds(
+            self._sock, MAX_REQUEST_BYTES, NUM_FDS
+        )
+        os.close(log_fd)  # it is this process's output already
+        self._channel = Channel(socket.socket(fileno=channel_fd))
+        self.request: dict[str, Any] = json.loads(data)
+
+    def train(self, spec: Spec) -> int:
+        """Train and tell the worker the outcome; returns the exit code."""
+        code = trainer_main.be_first(spec, self._channel, saver_fd=self._saver_fd)
+        self._sock.send(b".")
+        return code
 
 
-def _follow(spec: Spec) -> int:
-    run = Follower(spec, NoLink())
-    try:
-        trainer_main.train(run)
-        run.finish()
-    except Stop as stop:
-        print(f"[RUN] rank {os.environ['RANK']}: {stop}", file=sys.stderr, flush=True)
-    return 0
+def _follow(spec: Spec, rank: int) -> int:
+    """Train on another rank; what it raised, if anything, is left where the worker will be told of it."""
+    code, ending = trainer_main.ending_of(Follower(spec, NoLink()))
+    if ending["kind"] in ("result", "pruned", "preempted"):
+        return 0
+    directory = Path(os.environ[SOCKET_VARIABLE]).parent
+    (directory / f"ending.{rank}").write_text(json.dumps(ending))
+    return code
 
 
 if __name__ == "__main__":

@@ -107,6 +107,10 @@ class Run:
         directory: The run directory.
     """
 
+    ADVICE_UNFIT = (
+        "Put the training back as it was, cancel the run, or start it fresh with resume.mode=never."
+    )
+
     def __init__(self, spec: Spec, link: Link, *, config: Any = None, saver_fd: int = -1) -> None:
         self.spec = spec
         self._saver_fd = saver_fd

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from sweeper.errors import ConfigError
 from sweeper.torch import resumable
 
 SIZE = 50
@@ -80,5 +81,11 @@ def misbehave(act: str) -> None:
         time.sleep(60)
     elif act == "raise":
         raise ValueError("this rank has had enough")
+    elif act == "memory":
+        raise MemoryError("no room on this rank")
+    elif act == "misconfigure":
+        raise ConfigError("this rank was set up wrong", do="Set it up right.")
+    elif act == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif act == "hang":
         time.sleep(3600)

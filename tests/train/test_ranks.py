@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,9 @@ def base() -> Iterator[Path]:
         yield path
 
 
-def new_place(data_dir: Path, *, ranks: int = 2, **trainer: Any) -> Place:
+def new_place(
+    data_dir: Path, *, ranks: int = 2, retry: dict[str, int] | None = None, **trainer: Any
+) -> Place:
     asked = {"kind": "ddp", "epochs": EPOCHS, "lr": 0.05, "at": 5, "rank": 1, "act": "none", "attempts": 1}
     return mini.new_place(
         data_dir,
@@ -37,6 +40,7 @@ def new_place(data_dir: Path, *, ranks: int = 2, **trainer: Any) -> Place:
         checkpoint={"every_n_steps": 3, "every_s": None, "keep_last": 2},
         launcher={"kind": "local", "n_workers": 1, "ranks_per_worker": ranks},
         lease={"heartbeat_s": 5.0, "ttl_s": 60.0, "progress_s": 0, "grace_s": 20.0, "ranks_s": 5.0},
+        retry={"max_lost": 20, "max_crashed": 1, "max_oom": 0, **(retry or {})},
         space={"trainer.lr": mini.search.distribution_of("trainer.lr", "interval(0.05, 0.0500001)")},
     )
 
@@ -151,6 +155,31 @@ def test_a_rank_that_raises_is_a_crash_of_the_attempt(base: Path) -> None:
     row, *_ = place.rows("SELECT outcome, reason, detail FROM sweeper_attempt ORDER BY attempt")
     assert row["outcome"] == "crashed"
     assert "this rank has had enough" in row["detail"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_what_another_rank_raises_is_told_as_what_it_is(base: Path) -> None:
+    place = new_place(base / "memory", act="memory")
+    assert work(place) == 0, place.printed()
+    row, *_ = place.rows("SELECT outcome, reason FROM sweeper_attempt ORDER BY attempt")
+    assert (row["outcome"], row["reason"]) == ("oom", "rank 1: MemoryError: no room on this rank")
+    place = new_place(base / "misconfigured", act="misconfigure")
+    assert work(place) == 78, place.printed()
+    assert outcomes(place) == ["preempted"]
+    assert "rank 1: this rank was set up wrong. Set it up right." in place.printed()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_is_lost_and_soon_over(base: Path, rank: int) -> None:
+    """The others give it 5 s; nobody waits for it after that."""
+    place = new_place(base / f"stopped-{rank}", act="stop", rank=rank, retry={"max_lost": 0})
+    started = time.monotonic()
+    work(place)
+    assert time.monotonic() - started < 40, "and not 30 s more for the one that is stopped"
+    assert outcomes(place)[0] == "lost"
 
 
 @pytest.mark.slow

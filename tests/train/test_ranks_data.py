@@ -14,6 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from sweeper.errors import ConfigError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    mini.warm_up()
+
+
 @pytest.fixture
 def base() -> Iterator[Path]:
     with mini.fast_dir() as path:
