@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
@@ -84,64 +84,6 @@ class Ranks:
             if found is not None:
                 return found if rank == 0 else replace(found, text=f"rank {rank}: {found.text}")
         return None
-
-
-# --- sharded models ------------------------------------------------------------------------
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 (or another user of DTensor) holds only a part of the weights here."""
-    return any(_is_dtensor(parameter) for parameter in model.parameters())
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def whole_states(model: torch.nn.Module, parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of a sharded model and its parts with whole tensors, on rank 0. Collective.
-
-    Source: torch.distributed.checkpoint.state_dict, `full_state_dict` and `cpu_offload`.
-    """
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp.get_model_state_dict(model, options=options)
-    states: dict[str, Any] = {}
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            states[name] = dcp.get_optimizer_state_dict(model, part, options=options)
-        elif isinstance(part, torch.nn.Module) and is_sharded(part):
-            states[name] = dcp.get_model_state_dict(part, options=options)
-        else:
-            states[name] = part.state_dict()
-    return weights, states
-
-
-def put_whole_states(
-    model: torch.nn.Module, parts: Mapping[str, Any], weights: dict[str, Any], states: Mapping[str, Any]
-) -> None:
-    """Share whole tensors out among the ranks again, however many they are now. Collective."""
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    options = dcp.StateDictOptions(full_state_dict=True)
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            tuples = [
-                [key for key, value in group.items() if type(value) is tuple] for group in part.param_groups
-            ]
-            dcp.set_optimizer_state_dict(model, part, states[name], options=options)
-            for group, keys in zip(part.param_groups, tuples, strict=True):  # it makes lists of them
-                group.update({key: tuple(group[key]) for key in keys})
-        elif isinstance(part, torch.nn.Module) and is_sharded(part):
-            dcp.set_model_state_dict(part, states[name], options=options)
-        else:
-            part.load_state_dict(states[name])
-    dcp.set_model_state_dict(model, weights, options=options)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -155,6 +155,16 @@ def check_architecture(saved: Mapping[str, Any], model: torch.nn.Module, *, name
         raise CheckpointRefused(f"the checkpoint has a parameter {extra[0]}, the {name} has not")
 
 
+def check_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, name: str) -> None:
+    """Refuse the state of an optimizer with other groups of parameters. Raises CheckpointRefused."""
+    there = [len(group["params"]) for group in saved["param_groups"]]
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    if there != here:
+        raise CheckpointRefused(
+            f"the {name} in the checkpoint has groups of {there} parameters, this one of {here}"
+        )
+
+
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if hasattr(value, "shape") else ()
 

@@ -12,16 +12,9 @@ from torch.utils.data import DataLoader
 
 from sweeper.errors import CheckpointRefused, Misfit
 from sweeper.torch.order import OrderedLoader, derived_seed, seed_generators
-from sweeper.torch.ranks import (
-    Ranks,
-    is_sharded,
-    put_whole_states,
-    rank_file,
-    rank_files,
-    unwrapped,
-    whole_states,
-)
-from sweeper.torch.state import check_architecture, gradients, rng_state, set_gradients
+from sweeper.torch.ranks import Ranks, rank_file, rank_files, unwrapped
+from sweeper.torch.sharded import is_sharded, put_whole_states, whole_states
+from sweeper.torch.state import check_architecture, check_groups, gradients, rng_state, set_gradients
 from sweeper.trainer.main import is_another_ranks, is_out_of_memory
 from sweeper.trainer.run import Run
 
@@ -152,6 +145,8 @@ class Training:
         for name, part in self._parts.items():
             if isinstance(part, torch.nn.Module):
                 check_architecture(parts[name], part, name=name)
+            elif isinstance(part, torch.optim.Optimizer):
+                check_groups(parts[name], part, name=name)
         if saved_ranks(state) != self.ranks.world_size:
             self._check_reshardable(state)
         elif state["metadata"]["batches_per_epoch"] != self.loader.num_batches:
