@@ -14,8 +14,8 @@ from sweeper import clock
 from sweeper.torch.cadence import Cadence
 from sweeper.torch.restore import restore
 from sweeper.torch.saves import Saves
-from sweeper.torch.state import check_restorable, set_rng_state
-from sweeper.torch.training import DATA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, Training
+from sweeper.torch.state import check_restorable, kinds, set_rng_state
+from sweeper.torch.training import MODEL_FILE, STATE_FILE, Training
 from sweeper.trainer.commits import Plan
 from sweeper.trainer.run import Run, TrialPruned, say
 from sweeper.trainer.saver import Done
@@ -89,7 +89,8 @@ class Loop:
         self._saves = Saves(run, is_beside=bool(run.spec.checkpoint.get("async_save", True)))
         self._saved = (0, 0)  # step and batches accumulated of the last save that was begun
         self._saved_at_s = clock.awake_s()
-        self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = self._has_saved = False
+        self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = False
+        self._restorable: set[type] = set()  # types known to come back from a file
         self._is_pinning = False  # the save in flight is a pinned one
         self._exports = self._export_paths()
 
@@ -337,10 +338,9 @@ class Loop:
         return {} if not pattern else {MODEL_FILE: self._run.export_path(str(pattern), stage=STAGE)}
 
     def _files(self, states: dict[str, Any], metrics_offset: int) -> dict[str, Any]:
-        if not self._has_saved:
-            names = [name for name in (MODEL_FILE, OPTIMIZER_FILE, DATA_FILE) if name in states]
-            check_restorable({name: states[name] for name in names})
-            self._has_saved = True
+        if unknown := kinds(states) - self._restorable:
+            check_restorable(states)
+            self._restorable |= unknown
         counters = json.dumps(self._counters(metrics_offset), indent=2, sort_keys=True)
         return {**states, STATE_FILE: counters.encode()}
 

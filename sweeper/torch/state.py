@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 
 from sweeper.checkpoints import Content
-from sweeper.errors import CheckpointRefused, ConfigError
+from sweeper.errors import CheckpointRefused, ConfigError, Misfit
 from sweeper.trainer.main import is_out_of_memory
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def rng_state() -> dict[str, Any]:
@@ -61,7 +64,7 @@ def load(name: str, content: Content) -> Any:
     """Unpickle verified bytes; only tensors and plain values, with no way around.
 
     Raises:
-        CheckpointRefused: They hold something else.
+        Misfit: They hold something else; their digest is good, so it was a training that put it there.
     """
     # Large files are mapped, not copied: from the very inode that was just verified.
     source: Any = io.BytesIO(content.data) if content.fd is None else f"/proc/self/fd/{content.fd}"
@@ -70,12 +73,28 @@ def load(name: str, content: Content) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointRefused(f"{name} does not hold plain tensors", why=why[:300]) from error
+        text = _COLOURS.sub("", str(error)).strip()
+        why = text.splitlines()[0] if text else type(error).__name__
+        raise Misfit(f"{name} does not hold plain tensors", why=why[:300]) from error
+
+
+def kinds(state: Any) -> set[type]:
+    """The types of all that a state holds: they decide whether it can be read back."""
+    found: set[type] = set()
+    left = [state]
+    while left:
+        value = left.pop()
+        found.add(type(value))
+        if isinstance(value, dict):
+            left.extend(value.keys())
+            left.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            left.extend(value)
+    return found
 
 
 def check_restorable(states: Mapping[str, Any]) -> None:
-    """Read what is about to be saved for the first time back, less the tensors' numbers.
+    """Read what is about to be saved back, less the tensors' numbers.
 
     Raises:
         ConfigError: A state holds what `torch.load(weights_only=True)` will never return.

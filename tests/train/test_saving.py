@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from alone import Alone, new_run
@@ -367,6 +368,62 @@ def test_another_architecture_of_a_part_is_named_and_nothing_changed(directory: 
         resumable(run, model=model, teacher=teacher, loader=loader)
     after = [tensor for part in (model, teacher) for tensor in part.state_dict().values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+class Early:
+    """A part whose state is none at first, and later whatever it is given."""
+
+    best: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+def go_with(run: Run, early: Early, each: Callable[[Loop], None] = lambda loop: None) -> Loop:
+    loader = DataLoader(TensorDataset(torch.ones(24, 2)), batch_size=2)
+    loop = resumable(run, model=nn.Linear(2, 1), early=early, loader=loader)
+    for _ in loop.batches(epochs=1):
+        each(loop)
+    run.finish()
+    return loop
+
+
+def test_a_state_that_becomes_one_that_could_not_be_restored_is_refused(directory: Path) -> None:
+    run, early = new_run(directory, checkpoint={"every_n_steps": 1, "keep_last": 50}), Early()
+
+    def each(loop: Loop) -> None:
+        early.best = {3: 0.5, 5: np.float64(0.25)}.get(loop.step, early.best)
+
+    with pytest.raises(
+        ConfigError, match=r"could never be restored: optimizer.pt does not hold plain"
+    ) as caught:
+        go_with(run, early, each)
+    assert "\x1b" not in str(caught.value)
+    assert steps(run) == [4, 3, 2, 1], "nothing is saved that could not be read"
+    again = Early()
+    assert go_with(new_run(directory), again).step == STEPS
+    assert again.best == 0.5
+
+
+def test_what_was_saved_and_cannot_be_read_is_left_alone(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are good: the training must change, and no fresh run takes its place."""
+    run, early = new_run(directory, checkpoint={"every_n_steps": 4}), Early()
+    early.best = np.float64(0.25)
+    with monkeypatch.context() as patch:
+        patch.setattr("sweeper.torch.loop.check_restorable", lambda states: None)
+        go_with(run, early)
+    before = steps(run)
+    again = new_run(directory)
+    with pytest.raises(ConfigError, match=r"step 12: optimizer.pt does not hold plain tensors") as caught:
+        go_with(again, Early())
+    assert caught.value.exit_code == 78
+    assert "\x1b" not in str(caught.value)
+    assert steps(again) == before
 
 
 def test_a_secret_of_the_training_is_not_written(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
