@@ -7,10 +7,10 @@ does not answer, prove nothing: then the lease decides.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from sweeper import clock
 from sweeper.records import Death, ProcessId
@@ -52,18 +52,34 @@ def worker_name(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def why_stopped(
-    signum: int, *, warning_s: float, environment: Mapping[str, str] = os.environ
+    *, warning_s: float, command: Command | None = None, environment: Mapping[str, str] = os.environ
 ) -> tuple[Outcome, str]:
-    """What a signal in a job means: its time is nearly over, or somebody else needs its place.
+    """Why this job has to stop: its time is nearly over, or somebody needs its place.
+
+    Asked when a signal has come; without an answer it is a preemption.
 
     Args:
         warning_s: How long before the time limit SLURM was asked to warn.
     """
-    name, job = signal.Signals(signum).name, worker_name(environment).removeprefix("slurm:")
-    ends_at = float(environment.get("SLURM_JOB_END_TIME") or "inf")
-    if clock.wall_s() >= ends_at - warning_s - EARLY_WARNING_S:
-        return Outcome.TIMEOUT, f"the time of SLURM job {job} is nearly over ({name})"
-    return Outcome.PREEMPTED, f"SLURM job {job} has to stop ({name})"
+    job = worker_name(environment).removeprefix("slurm:")
+    answer = (command or run)(["scontrol", "show", "job", "--oneliner", environment["SLURM_JOB_ID"]])
+    said = dict(word.partition("=")[::2] for word in (answer or "").split())
+    if said.get("PreemptTime", "None") != "None":
+        return Outcome.PREEMPTED, f"SLURM job {job} is preempted"
+    if (
+        said.get("JobState") == "RUNNING"
+        and _seconds_to(said.get("EndTime", "")) <= warning_s + EARLY_WARNING_S
+    ):
+        return Outcome.TIMEOUT, f"the time limit of SLURM job {job} is near"
+    return Outcome.PREEMPTED, f"SLURM ends job {job}"
+
+
+def _seconds_to(time: str) -> float:
+    """From now to a time of SLURM's, which is local and has no zone."""
+    try:
+        return datetime.fromisoformat(time).timestamp() - clock.wall_s()
+    except ValueError:
+        return float("inf")
 
 
 def run(command: Sequence[str]) -> str | None:

@@ -56,14 +56,13 @@ class StopFlag:
         launcher_fd: Read end of a pipe the launcher holds open; its end means the launcher is gone.
 
     Attributes:
-        outcome: Of an attempt that is stopped by it.
         warning_s: How long before the end of its time limit SLURM warns.
     """
 
     def __init__(self, launcher_fd: int | None = None) -> None:
         self.reason: str | None = None
-        self.outcome = Outcome.PREEMPTED
         self.warning_s = 0.0
+        self._cause: tuple[Outcome, str] | None = None
         self._launcher_fd = launcher_fd
         if launcher_fd is not None:
             os.set_blocking(launcher_fd, False)
@@ -75,14 +74,22 @@ class StopFlag:
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.reason is None and slurm.is_inside():
-            self.outcome, self.reason = slurm.why_stopped(signum, warning_s=self.warning_s)
         self.reason = self.reason or f"the worker got {signal.Signals(signum).name}"
 
     @property
     def fds(self) -> tuple[int, ...]:
         """What to select on."""
         return (self._wake_r,) if self._launcher_fd is None else (self._wake_r, self._launcher_fd)
+
+    def cause(self) -> tuple[Outcome, str]:
+        """What stopping is for the attempt that is stopped. In a SLURM job, SLURM is asked why."""
+        if self._cause is None:
+            is_signal = self.reason is not None and self.reason.startswith("the worker got")
+            ask = is_signal and slurm.is_inside()
+            self._cause = (
+                slurm.why_stopped(warning_s=self.warning_s) if ask else (Outcome.PREEMPTED, self.reason or "")
+            )
+        return self._cause
 
     def wait(self, seconds: float) -> None:
         """Sleep, unless there is or comes a reason to stop."""
@@ -357,8 +364,9 @@ class Worker:
 
     def _finish(self, run: Run, lease: Lease, run_dir: Path, ending: Ending, *, count: int) -> None:
         config = self._sweep.config
-        if ending.outcome is Outcome.PREEMPTED and self._stop.reason is not None:
-            ending = replace(ending, outcome=self._stop.outcome)
+        if ending.outcome is Outcome.PREEMPTED and self._stop.reason is not None and not ending.is_config:
+            outcome, reason = self._stop.cause()
+            ending = replace(ending, outcome=outcome, reason=reason)
         decision = recovery.after(
             ending, count=count, retry=config["retry"], on_invalid=config["resume"]["on_invalid"]
         )

@@ -34,22 +34,27 @@ POLL_S = 2.0
 OURS = ("kind", "n_workers", "ranks_per_worker")
 """Keys of the launcher group that are not submitit's."""
 
-REQUEUE = """\
+AFTERWARDS = """\
 code=$?
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 job="${job:-$SLURM_JOB_ID}"
-# 75: the worker has released its run, which is to be continued. Above 128: it was killed.
-# This script gets no signal in the grace of a preemption and at the warning of a time limit, and dies
-# at scancel: so whoever comes here is to be requeued. A job that ended by itself would not be.
-if [ "$code" -eq 75 ] || { [ "$code" -gt 128 ] && [ "$SECONDS" -gt 20 ]; }; then
+# 75: the worker has released its run, to be continued. A job that ends by itself is not requeued by SLURM.
+# This script gets no signal in the grace of a preemption or before a time limit, and dies at scancel.
+if [ "$code" -eq 75 ]; then
   for attempt in $(seq 60); do
     scontrol requeue "$job" && sleep 60  # until SLURM ends this script
     sleep 5
   done
 fi
+# Above 128: the worker was killed. The next one goes on in its place, unless five die at once in a row.
+[ "$SECONDS" -lt 20 ] && SWEEPER_DEATHS=$((SWEEPER_DEATHS + 1)) || SWEEPER_DEATHS=0
+if [ "$code" -gt 128 ] && [ "$SWEEPER_DEATHS" -lt 5 ]; then
+  export SWEEPER_DEATHS
+  exec bash "$0"
+fi
 exit "$code"
 """
-"""The end of the sbatch file. Outside of any container, so that `scontrol` is there."""
+"""The end of the sbatch file. It is outside of any container, so that `scontrol` is there."""
 
 
 class _Executor(SlurmExecutor):
@@ -150,7 +155,7 @@ class Submission:
         try:
             executor = _Executor(folder=self.folder)
             executor.update_parameters(
-                job_name=self.job_name, wckey=None, teardown=REQUEUE.splitlines(), stderr_to_stdout=True,
+                job_name=self.job_name, wckey=None, teardown=AFTERWARDS.splitlines(), stderr_to_stdout=True,
                 additional_parameters=additional, **executor._convert_parameters(parameters),
             )  # fmt: skip
         except (ValueError, TypeError, AssertionError, NameError) as error:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "slurm/testbed"))  # no package: `up` needs no installation
-
 from testbed import Testbed, missing_programs
 
 
