@@ -96,6 +96,9 @@ class DrivenLoop(Loop):
     def _is_done(self) -> bool:
         return self._is_over or super()._is_done
 
+    def _leave(self) -> None:
+        """Whether a training is over is for its trainer to say, by `finish`."""
+
     def _boundary(self) -> None:
         if self.is_update or not self._only_updates:
             super()._boundary()

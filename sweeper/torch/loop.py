@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
@@ -11,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from sweeper import clock
+from sweeper.errors import CheckpointError
 from sweeper.torch.cadence import Cadence
+from sweeper.torch.leaving import consumers, is_unwound
 from sweeper.torch.restore import restore
 from sweeper.torch.saves import Saves
 from sweeper.torch.state import check_restorable, kinds, set_rng_state
@@ -82,12 +86,15 @@ class Loop:
         self._training = Training(run, model=model, loader=loader, parts=parts)
         self._ranks, self._loader = self._training.ranks, self._training.loader
         self._last_report: tuple[int, float] | None = None
+        self._is_in_step = False  # a batch was handed out, and no exception has ended the loop since
+        self._was_left = False  # by `break`, in this attempt
+        self._is_closed = False  # by `break`, in an attempt before
         self._num_accumulated = 0  # batches whose gradients the next update will use
         self._row: dict[str, Any] = {}
         self._is_replaying = False  # between a restore and the first batch: reported already
         self._cadence = Cadence.of(run.spec.checkpoint, mtbf_s=run.spec.mtbf_s)
         self._saves = Saves(run, is_beside=bool(run.spec.checkpoint.get("async_save", True)))
-        self._saved = (0, 0)  # step and batches accumulated of the last save that was begun
+        self._saved: tuple[int, int, bool] = (0, 0, False)  # position of the last save that was begun
         self._saved_at_s = clock.awake_s()
         self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = False
         self._restorable: set[type] = set()  # types known to come back from a file
@@ -110,6 +117,9 @@ class Loop:
             accumulate: Batches an optimizer update; `is_update` says when to make it. The last
                 update of an epoch may have fewer.
 
+        A `break` is the end of the training, also for an attempt that is started afterwards: it gets no
+        batch any more. Batches of an update that is not complete do not count then.
+
         Raises:
             Preempted: The worker asked to stop; everything is checkpointed.
             TrialPruned: The pruner stopped the trial.
@@ -121,6 +131,11 @@ class Loop:
             self.total_steps = self.step + left
         if max_steps is not None:
             self.total_steps = min(self.total_steps or max_steps, max_steps)
+        if self._is_closed:
+            self.total_steps = self.step
+        if self._is_in_step:
+            self._leave()
+        self._was_left = self._is_in_step = False
         self._run.start(step=self.step, total_steps=self.total_steps or None)
         self._run.progress(self.step, total_steps=self.total_steps or None)
         self._is_replaying = False
@@ -137,7 +152,14 @@ class Loop:
                 self._is_at_end = self._loader.advance()
                 self.is_update = self._num_accumulated >= accumulate or self._is_at_end
                 self.step += self.is_update
-                yield batch
+                self._is_in_step = True
+                by = consumers(sys._getframe().f_back)
+                try:
+                    yield batch
+                except GeneratorExit:
+                    self._is_in_step = not is_unwound(sys._getframe().f_back, by)
+                    raise
+                self._is_in_step = False
                 self._boundary()
                 if self._is_done:
                     return
@@ -155,7 +177,7 @@ class Loop:
         self._row.update({name: _number(value) for name, value in metrics.items()})
         if self._run.spec.metric in metrics:
             self._note_best(float(self._row[self._run.spec.metric]))
-        if (self.step, self._num_accumulated) == self._saved:  # outside the loop no boundary comes
+        if self._position == self._saved:  # outside the loop no boundary comes
             self._flush_row()
 
     @property
@@ -191,10 +213,18 @@ class Loop:
 
     @property
     def _is_done(self) -> bool:
-        return bool(self.total_steps) and self.step >= self.total_steps and self._num_accumulated == 0
+        is_there = bool(self.total_steps) and self.step >= self.total_steps
+        return self._is_closed or (is_there and self._num_accumulated == 0)
 
     def _next_epoch(self) -> None:
         self.epoch, self.step_in_epoch, self._loader.position = self.epoch + 1, 0, 0
+
+    def _leave(self) -> None:
+        """The loop was left by `break`: the training is over."""
+        self._is_in_step, self._was_left = False, True
+        self._num_accumulated = 0
+        if self._is_at_end:
+            self._next_epoch()
 
     def _boundary(self) -> None:
         if self.is_update:
@@ -223,7 +253,7 @@ class Loop:
             except BaseException as raised:  # noqa: BLE001 - the others must not wait for ever
                 is_pruned = isinstance(raised, TrialPruned)
                 error, answer = raised, (Decision.PRUNE if is_pruned else Decision.RAISE, str(raised))
-        decision, reason = self._ranks.from_first(answer)
+        decision, reason = self._ranks.from_first(answer, at="between two steps")
         if error is not None:
             raise error
         if decision is Decision.PRUNE:
@@ -236,14 +266,14 @@ class Loop:
         if self.is_update:
             self._flush_row(epoch=row_epoch)
         self._run.progress(self.step)
-        self._settle_save(self._saves.poll())
+        self._settle(self._saves.poll())
         if reason := self._run.stop_reason:
             return Decision.STOP, reason
         if self._is_last_step:
             return Decision.FINISH, ""
         if self.is_update and self._is_due(is_epoch_end=is_epoch_end):
             if self._is_asked_to_save:  # this very step is meant
-                self._settle_save(self._saves.wait())
+                self._settle(self._saves.wait())
             if not self._saves.is_busy:
                 return Decision.SAVE, ""
         return Decision.GO_ON, ""
@@ -271,50 +301,58 @@ class Loop:
         Raises:
             Fenced: The run belongs to somebody else.
             ConfigError: What was passed to `resumable` could never be restored.
-            OSError: The disk refused and this was the last step; earlier ones are tried again.
+            CheckpointError: The disk refused and this was the last step; earlier ones are tried again.
             SaverLost: The saver was killed.
         """
         if wait:
-            self._settle_save(self._saves.wait(), is_last=is_last and self._saved == self._position)
-        if self._ranks.from_first(self._position != self._saved):
+            self._settle(self._saves.wait())  # if it has failed, and was this step's, here is another try
+        is_wanted = self._position != self._saved or self._is_asked_to_pin
+        if self._ranks.from_first(is_wanted, at="at the end" if is_last else "in a save"):
             states = self._training.states(has_gradients=self._num_accumulated > 0)  # collective
-            if not self._ranks.is_first:
-                return
-            try:
-                offset = self._run.settle_metrics()
-                has_begun = self._saves.begin(
-                    self._plan(), self._files(states, offset), wait=wait, is_asked=self._is_asked_to_save
-                )
-            except OSError as error:
-                self._complain(error, is_last=is_last or self._is_last_step)
-                return
-            if not has_begun:
-                return  # room is being made; still due at the next step
-            self._saved, self._saved_at_s = self._position, clock.awake_s()
-            self._is_pinning = self._is_asked_to_pin
-            self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = False
-            self._settle_save(self._saves.wait() if wait else self._saves.poll(), is_last=is_last)
+            error = self._save_states(states, wait=wait) if self._ranks.is_first else None
+            if error is not None and is_last:
+                raise CheckpointError(
+                    f"the checkpoint of the last step, {self.step}, could not be saved",
+                    why=str(error),
+                    do=f"{_remedy(error)} Then run it again: it goes on from the checkpoint before.".strip(),
+                ) from error
+
+    def _save_states(self, states: dict[str, Any], *, wait: bool) -> OSError | None:
+        """Begin a save on rank 0, or see it through. Returns why the disk refused, which was said by then."""
+        try:
+            offset = self._run.settle_metrics()
+            has_begun = self._saves.begin(
+                self._plan(), self._files(states, offset), wait=wait, is_asked=self._is_asked_to_save
+            )
+        except OSError as error:
+            self._complain(error, step=self.step)
+            return error
+        if not has_begun:
+            return None  # room is being made; still due at the next step
+        self._saved, self._saved_at_s = self._position, clock.awake_s()
+        self._is_pinning = self._is_asked_to_pin
+        self._is_asked_to_save = self._is_asked_to_pin = self._is_overdue = False
+        return self._settle(self._saves.wait() if wait else self._saves.poll())
 
     @property
-    def _position(self) -> tuple[int, int]:
-        return self.step, self._num_accumulated
+    def _position(self) -> tuple[int, int, bool]:
+        """Updates, batches of the next one, and whether the training was left here for good."""
+        return self.step, self._num_accumulated, self._is_closed or self._was_left
 
-    def _settle_save(self, done: Done | None, *, is_last: bool = False) -> None:
-        """Take note of a save that has ended. Raises what it raised, unless it may be tried again."""
+    def _settle(self, done: Done | None) -> OSError | None:
+        """Take note of a save that has ended. Returns why the disk refused; raises what else there was."""
         if done is None or done.error is None:
-            return
+            return None
         if not isinstance(done.error, OSError):
             raise done.error
         self._run.metrics.distrust()
         self._is_asked_to_pin |= self._is_pinning
-        self._saved = (0, 0) if self._saved[0] == done.step else self._saved
-        self._complain(done.error, is_last=is_last or self._is_last_step, step=done.step)
+        self._saved = (0, 0, False) if self._saved[0] == done.step else self._saved
+        self._complain(done.error, step=done.step)
+        return done.error
 
-    def _complain(self, error: OSError, *, is_last: bool, step: int | None = None) -> None:
-        if is_last:
-            raise error
-        at = self.step if step is None else step
-        text = f"checkpoint of step {at} could not be saved: {error}; the older one stands"
+    def _complain(self, error: OSError, *, step: int) -> None:
+        text = f"checkpoint of step {step} could not be saved: {error}; the older one stands. {_remedy(error)}".strip()
         say(f"[CHECKPOINT] {text}")
         self._run.complain(text)
         self._saved_at_s = clock.awake_s()
@@ -322,6 +360,8 @@ class Loop:
 
     def _save_last(self) -> None:
         """The last step of a run is always checkpointed: also after `break`, or when pruned."""
+        if self._is_in_step:
+            self._leave()
         self._flush_row()
         self._save(wait=True, is_last=True)
         self._saves.close()
@@ -354,6 +394,7 @@ class Loop:
             "best_loss": self.best_value,
             "metrics_offset": metrics_offset,
             "args": self._training.args,
+            **({"is_over": True} if self._is_closed or self._was_left else {}),
             "metadata": {
                 "torch": torch.__version__,
                 "batches_per_epoch": self._loader.num_batches,
@@ -379,6 +420,11 @@ class Loop:
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         accumulated = state.get("accumulated", {"batches": 0, "row": {}})
         self._num_accumulated, self._row = accumulated["batches"], dict(accumulated["row"])
+        self._is_closed = state.get("is_over", False)
+        if self._is_closed and self._ranks.is_first:
+            say(
+                f"[RESUME] {self._run.run_id}: it was ended at step {self.step} by a break; there is nothing left to train"
+            )
         self._saved = self._position
         self.best_value = state["best_loss"]
         step_and_value = state["metadata"].get("last_report")
@@ -386,6 +432,15 @@ class Loop:
             None if step_and_value is None else (int(step_and_value[0]), float(step_and_value[1]))
         )
         self._is_replaying = True
+
+
+def _remedy(error: OSError) -> str:
+    """What a person can do about a disk that refuses."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Make room on that disk."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Make that directory writable."
+    return "Look after that disk."
 
 
 def _number(value: Any) -> Any:

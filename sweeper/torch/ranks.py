@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sweeper.errors import ConfigError
+
 
 class Kind(Enum):
     """Why a checkpoint is not used."""
@@ -58,13 +60,27 @@ class Ranks:
         """Whether this rank decides, and talks to the worker."""
         return self.rank == 0
 
-    def from_first(self, value: Any) -> Any:
-        """What rank 0 has. Collective."""
+    def from_first(self, value: Any, *, at: str) -> Any:
+        """What rank 0 has. Collective.
+
+        Args:
+            at: Where this rank is, in words; rank 0 must be there, too.
+
+        Raises:
+            ConfigError: It is somewhere else.
+        """
         if self.world_size == 1:
             return value
-        box = [value]
+        box = [(at, value)]
         dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        first_at, value = box[0]
+        if first_at != at:
+            raise ConfigError(
+                f"rank 0 is {first_at}, rank {self.rank} {at}",
+                why="they have left the loop at different steps",
+                do="Leave it by what is the same on all ranks (torch.distributed.all_reduce).",
+            )
+        return value
 
     def gathered(self, value: Any) -> list[Any]:
         """What each rank has, on rank 0; elsewhere an empty list. Collective."""

@@ -32,7 +32,7 @@ def restore(run: Run, training: Training) -> dict[str, Any] | None:
     state: dict[str, Any]
     refused: list[Path] = []
     refusals: list[Refusal] = []
-    for directory in ranks.from_first(run.candidates() if ranks.is_first else None):
+    for directory in ranks.from_first(run.candidates() if ranks.is_first else None, at="restoring"):
         found, refusal = _try(run, training, directory)
         if refusal is not None:
             step = checkpoints.step_of(directory)
@@ -52,7 +52,7 @@ def restore(run: Run, training: Training) -> dict[str, Any] | None:
         run.resumed(manifest, refused=refused)
         return state
     _raise_for(run, [refusal for refusal in refusals if refusal.kind is not Kind.DAMAGED])
-    if ranks.from_first(run.was_ever_committed() if ranks.is_first else None):
+    if ranks.from_first(run.was_ever_committed() if ranks.is_first else None, at="starting"):
         why = refusals[0].text if refusals else ""
         raise NoValidCheckpoint(f"no valid checkpoint ({len(refused)} refused)", why=why)
     if ranks.is_first:

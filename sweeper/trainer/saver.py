@@ -150,7 +150,7 @@ def _error_of(raw: dict[str, Any] | None) -> BaseException | None:
     if raw is None:
         return None
     if raw["type"] == "OSError":
-        return OSError(raw["errno"], raw["text"])
+        return OSError(raw["errno"], raw["text"], raw["filename"])
     return (
         Fenced(raw["text"]) if raw["type"] == "Fenced" else RuntimeError(f"the saver failed: {raw['text']}")
     )
@@ -205,6 +205,7 @@ def serve(sock: socket.socket, channel: Channel | None, *, link: Link | None = N
                 "type": "OSError",
                 "errno": refused.errno or errno.EIO,
                 "text": refused.strerror or str(refused),
+                "filename": None if refused.filename is None else os.fsdecode(refused.filename),
             }
         except Exception as bug:  # noqa: BLE001 - the trainer says so in its log, and ends
             error = {"type": type(bug).__name__, "text": f"{type(bug).__name__}: {bug}"}

@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sweeper import checkpoints, fsops
-from sweeper.errors import ConfigError, SweeperError
+from sweeper.errors import CheckpointError, ConfigError, SweeperError
 from sweeper.torch import Run, find_latest, resumable, saves
 from sweeper.torch.loop import Loop
 from sweeper.trainer import saver
+from sweeper.trainer.saver import Done
 
 STEPS = 12
 
@@ -199,6 +200,67 @@ def test_a_pinned_save_that_was_refused_pins_the_next_one(
         for step, path in checkpoints.steps_on_disk(run.checkpoints_dir)
     }
     assert [step for step, is_pinned in found.items() if is_pinned] == [min(found)]
+
+
+def test_the_last_step_is_pinned_after_it_was_saved(directory: Path) -> None:
+    run = new_run(directory)
+    loop = go_until_the_end(run)
+    assert steps(run) == [STEPS]
+    loop.save(pin=True)
+    run.finish()
+    ((_, newest),) = checkpoints.steps_on_disk(run.checkpoints_dir)
+    assert checkpoints.read_manifest(newest).is_pinned
+    assert find_latest(directory) == newest
+
+
+def go_until_the_end(run: Run) -> Loop:
+    loop = resumable(run, model=nn.Linear(2, 1), loader=DataLoader(TensorDataset(torch.ones(12, 2))))
+    for _ in loop.batches(epochs=1):
+        pass
+    return loop
+
+
+# --- a disk that refuses the last but one --------------------------------------------------------
+
+
+def test_a_save_that_failed_does_not_keep_the_last_step_from_being_saved(
+    directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What became of it is known only at the last boundary."""
+    run = new_run(directory, checkpoint={"every_n_steps": 5, "keep_last": 50})
+    refusal = Done("save", 0.1, 11, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/model.pth"))
+    real = saves.Saves.poll
+
+    def poll(self: saves.Saves) -> Done | None:
+        is_last = loops[-1].step == STEPS
+        return refusals.pop() if is_last and refusals else real(self)
+
+    refusals, loops = [refusal], list[Loop]()
+    monkeypatch.setattr(saves.Saves, "poll", poll)
+    go(run, loops.append)
+    assert steps(run)[0] == STEPS
+    (text,) = [said["text"] for said in link(run).said("complaint")]
+    assert "checkpoint of step 11 could not be saved" in text
+    assert "'/somewhere/model.pth'" in text
+    assert "Make room on that disk." in text
+
+
+def test_a_disk_that_refuses_the_last_step_is_told_with_what_to_do(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(directory)
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "fsync" and path.name == "model.pth":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(fsops, "probe", full)
+    with pytest.raises(
+        CheckpointError, match="the checkpoint of the last step, 12, could not be saved"
+    ) as caught:
+        go(run)
+    assert "model.pth" in str(caught.value)
+    assert "Make room on that disk. Then run it again" in str(caught.value)
 
 
 def test_the_end_of_each_epoch_is_saved(directory: Path, beside: None) -> None:

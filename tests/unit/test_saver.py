@@ -169,6 +169,13 @@ def test_signals_that_reach_all_processes_of_a_job_do_not_end_it(tmp_path: Path)
     trainer.close()
 
 
+def test_what_the_disk_refuses_it_names_with_its_path(trainer: Trainer) -> None:
+    trainer.root.rmdir()
+    error = trainer.save(1).error
+    assert isinstance(error, FileNotFoundError)
+    assert str(trainer.root) in str(error.filename)
+
+
 def test_a_bug_in_it_says_what_it_is(trainer: Trainer) -> None:
     done = trainer.save(1, keep={"surplus": 1})
     assert isinstance(done.error, RuntimeError)
