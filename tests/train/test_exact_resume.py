@@ -283,7 +283,8 @@ def test_an_optimizer_with_other_groups_is_refused_before_the_model_changes(trai
     training = Training(width=3)
     weight, bias = training.model.parameters()
     training.optimizer = torch.optim.Adam([{"params": [weight]}, {"params": [bias]}])
-    assert "does not fit this training" in refused(training, new_run(trained, lease_epoch=2, width=3, lr=0.1))
+    reason = refused(training, new_run(trained, lease_epoch=2, width=3, lr=0.1))
+    assert "has groups of [2] parameters, this one of [1, 1]" in reason
 
 
 def test_another_amount_of_data_is_named(trained: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import os
 import re
@@ -19,7 +20,7 @@ from sweeper import checkpoints, images
 from sweeper.checkpoints import Content
 from sweeper.errors import CheckpointRefused, ConfigError
 from sweeper.images import PAGE_BYTES
-from sweeper.torch import resumable
+from sweeper.torch import Preempted, resumable
 from sweeper.torch.memory import Memory, NoRoom
 from sweeper.torch.state import check_restorable, load
 
@@ -139,13 +140,14 @@ def attempt(directory: Path, *, stop: bool = False, **more: Any) -> tuple[nn.Mod
     loader = DataLoader(TensorDataset(torch.ones(8, 40)), batch_size=2, shuffle=True)
     run = new_run(directory, checkpoint={"every_n_steps": 1}, **more)
     loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
-    for (inputs,) in loop.batches(epochs=1):
-        optimizer.zero_grad()
-        model(inputs).sum().backward()
-        optimizer.step()
-        if stop and loop.step == 2:
-            break
-    run.finish()
+    with contextlib.suppress(Preempted):
+        for (inputs,) in loop.batches(epochs=1):
+            optimizer.zero_grad()
+            model(inputs).sum().backward()
+            optimizer.step()
+            if stop and loop.step == 2:
+                run._link.stop_reason = "asked to"  # type: ignore[misc]
+        run.finish()
     return model, optimizer
 
 
