@@ -97,8 +97,9 @@ def sliced(loop: Loop, batches: Batches) -> None:
 def wrapped(batches: Iterable[Any]) -> Iterator[Any]:
     """As progress bars are made."""
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             yield batch
+            print(number)
     finally:
         print("done")
 
