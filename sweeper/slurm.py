@@ -6,6 +6,7 @@ does not answer, prove nothing: then the lease decides.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -62,14 +63,14 @@ def why_stopped(
         warning_s: How long before the time limit SLURM was asked to warn.
     """
     job = worker_name(environment).removeprefix("slurm:")
-    answer = (command or run)(["scontrol", "show", "job", "--oneliner", environment["SLURM_JOB_ID"]])
+    # HAZARD: the last member of an array has the array's own number, which would name all of them.
+    answer = (command or run)(["scontrol", "show", "job", "--oneliner", job])
     said = dict(word.partition("=")[::2] for word in (answer or "").split())
-    if said.get("PreemptTime", "None") != "None":
+    preempted_in_s, began_in_s = (_seconds_to(said.get(name, "")) for name in ("PreemptTime", "StartTime"))
+    if began_in_s <= preempted_in_s < math.inf:  # else it tells of a preemption before a requeue
         return Outcome.PREEMPTED, f"SLURM job {job} is preempted"
-    if (
-        said.get("JobState") == "RUNNING"
-        and _seconds_to(said.get("EndTime", "")) <= warning_s + EARLY_WARNING_S
-    ):
+    is_late = _seconds_to(said.get("EndTime", "")) <= warning_s + EARLY_WARNING_S
+    if said.get("JobState") == "RUNNING" and is_late:
         return Outcome.TIMEOUT, f"the time limit of SLURM job {job} is near"
     return Outcome.PREEMPTED, f"SLURM ends job {job}"
 
@@ -79,7 +80,7 @@ def _seconds_to(time: str) -> float:
     try:
         return datetime.fromisoformat(time).timestamp() - clock.wall_s()
     except ValueError:
-        return float("inf")
+        return math.inf
 
 
 def run(command: Sequence[str]) -> str | None:
@@ -155,8 +156,8 @@ class Jobs:
                 "--duplicates",
                 f"--jobs={job_id}",
             ]
-            answer = self._command([*command, "--format=State"])
-            self._earlier[job_id] = parse_sacct(answer or "")
+            answer = self._command([*command, "--format=JobIDRaw,State"])
+            self._earlier[job_id] = parse_sacct(answer or "", job_id)
         states = self._earlier[job_id]
         return states[owner.slurm_restarts] if owner.slurm_restarts < len(states) else None
 
@@ -171,6 +172,12 @@ def parse_squeue(text: str) -> dict[str, Job]:
     return found
 
 
-def parse_sacct(text: str) -> list[str]:
-    """The states of a job's runs, oldest first: `CANCELLED by 1000` is CANCELLED."""
-    return [line.split()[0] for line in text.splitlines() if line.strip()]
+def parse_sacct(text: str, job_id: str) -> list[str]:
+    """The states of a job's runs, oldest first, from lines of id and state: `CANCELLED by 1000` is CANCELLED.
+
+    What belongs to other jobs is left out: the number of an array names all its members.
+    """
+    fields = [line.split("|") for line in text.splitlines()]
+    return [
+        state.split()[0] for number, state in (pair for pair in fields if len(pair) == 2) if number == job_id
+    ]
