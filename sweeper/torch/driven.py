@@ -51,7 +51,7 @@ class DrivenLoop(Loop):
         Raises:
             ConfigError: The data has no length.
         """
-        if self._loader.num_batches is None:
+        if self._loader.num_batches is None or self._loader.is_stream:
             raise ConfigError("the training data has no length", do="Give it a __len__, or use resumable().")
         return self._loader.num_batches
 

@@ -163,7 +163,7 @@ class Loop:
                 self._boundary()
                 if self._is_done:
                     return
-            if self.epoch == epoch:  # the data had no length to know its end by
+            if self.epoch == epoch:  # the data itself has said that it is at its end
                 self._next_epoch()
 
     def report(self, **metrics: Any) -> None:
@@ -223,14 +223,14 @@ class Loop:
         """The loop was left by `break`: the training is over."""
         self._is_in_step, self._was_left = False, True
         self._num_accumulated = 0
-        if self._is_at_end:
+        if self._is_at_end and not self._loader.is_stream:
             self._next_epoch()
 
     def _boundary(self) -> None:
         if self.is_update:
             self._num_accumulated = 0
         row_epoch, is_epoch_end = self.epoch, self.is_epoch_end
-        if self._is_at_end:
+        if self._is_at_end and not self._loader.is_stream:
             self._next_epoch()
         decision, reason = self._agree(row_epoch, is_epoch_end=is_epoch_end)
         if decision is Decision.SAVE:

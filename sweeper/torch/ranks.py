@@ -90,14 +90,18 @@ class Ranks:
         dist.gather_object(value, box, dst=0, group=self.group)
         return box or []
 
+    def everywhere(self, value: Any) -> list[Any]:
+        """What each rank has, on all of them. Collective."""
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self.group)
+        return box
+
     def agreed(self, refusal: Refusal | None) -> Refusal | None:
         """The first refusal any rank has, on all of them; None when there is none. Collective."""
         if self.world_size == 1:
             return refusal
-        box: list[Refusal | None] = [None] * self.world_size
-        dist.all_gather_object(box, refusal, group=self.group)
-        for rank, found in enumerate(box):
-            if found is not None:
+        for rank, found in enumerate(self.everywhere(refusal)):
+            if isinstance(found, Refusal):
                 return found if rank == 0 else replace(found, text=f"rank {rank}: {found.text}")
         return None
 

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from sweeper.errors import CheckpointRefused, Misfit
-from sweeper.torch.order import OrderedLoader, derived_seed, seed_generators
+from sweeper.torch.drawing import derived_seed, seed_generators
+from sweeper.torch.order import OrderedLoader
 from sweeper.torch.ranks import Ranks, rank_file, rank_files, unwrapped
 from sweeper.torch.sharded import is_sharded, put_whole_states, whole_states
 from sweeper.torch.state import check_architecture, check_groups, gradients, rng_state, set_gradients
@@ -44,9 +45,7 @@ class Training:
         self._model = unwrapped(model)
         self._parts = dict(parts)
         self._is_sharded = is_sharded(self._model)
-        self.loader = OrderedLoader(
-            loader, seed=run.seed, rank=self.ranks.rank, world_size=self.ranks.world_size
-        )
+        self.loader = OrderedLoader(loader, seed=run.seed, ranks=self.ranks)
         self.rng: dict[str, Any] | None = None
         self.has_changed_ranks = False
 
@@ -69,12 +68,14 @@ class Training:
         own: dict[str, Any] = {RNG_FILE: rng_state()}
         if has_gradients:
             own[GRADIENTS_FILE] = gradients(self._modules())
-        if data := self.loader.state_dict():
+        data = self.loader.state_dict()
+        if data and (self.ranks.is_first or not self.loader.is_same_everywhere):
             own[DATA_FILE] = data
         everybody = self.ranks.gathered(own)
         for name in own:
             for file, rank in zip(rank_files(name, len(everybody)), everybody, strict=True):
-                files[file] = rank[name]
+                if name in rank:
+                    files[file] = rank[name]
         return files
 
     def _modules(self) -> dict[str, torch.nn.Module]:
@@ -111,12 +112,15 @@ class Training:
         self.rng = self._fresh_rng(state["global_step"]) if rng is None else rng
         if (saved_gradients := self._own(GRADIENTS_FILE, loaded)) is not None:
             set_gradients(self._modules(), saved_gradients)
-        self.loader.load_state_dict(self._own(DATA_FILE, loaded))
+        self.loader.load_state_dict(self._data(loaded))
         self.loader.position = state.get("position", self.loader.position_of(state["step_in_epoch"]))
 
     def _own(self, name: str, loaded: Mapping[str, Any]) -> Any:
         """What a file of each rank holds for this one; None if it was not there."""
         return loaded.get(rank_file(name, self.ranks.rank))
+
+    def _data(self, loaded: Mapping[str, Any]) -> Any:
+        return loaded.get(DATA_FILE) if self.loader.is_same_everywhere else self._own(DATA_FILE, loaded)
 
     def _fresh_rng(self, step: int) -> dict[str, Any]:
         """Generators of a rank that was not there before."""
@@ -129,16 +133,16 @@ class Training:
         """Raise Misfit when a sound checkpoint is of another training. Nothing is changed."""
         try:
             self._check(state, loaded[MODEL_FILE], loaded[OPTIMIZER_FILE])
-            self.loader.check(self._own(DATA_FILE, loaded))
+            self.loader.check(self._data(loaded))
         except CheckpointRefused as error:
             raise Misfit(error.what, why=error.why) from error
 
     def _check(self, state: Mapping[str, Any], model: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         if difference := _difference(state["args"], self.args):
             raise CheckpointRefused(difference)
-        made_with, here = state["metadata"]["torch"], torch.__version__
-        if made_with.partition(".")[0] != here.partition(".")[0]:
-            raise CheckpointRefused(f"it was made with torch {made_with}, this is torch {here}")
+        made_with = state["metadata"]["torch"]
+        if made_with.partition(".")[0] != torch.__version__.partition(".")[0]:
+            raise CheckpointRefused(f"it was made with torch {made_with}, this is torch {torch.__version__}")
         check_architecture(model, self._model)
         if set(parts) != set(self._parts):
             raise CheckpointRefused(f"it holds {sorted(parts)}, this training has {sorted(self._parts)}")
@@ -149,10 +153,10 @@ class Training:
                 check_groups(parts[name], part, name=name)
         if saved_ranks(state) != self.ranks.world_size:
             self._check_reshardable(state)
-        elif state["metadata"]["batches_per_epoch"] != self.loader.num_batches:
-            raise CheckpointRefused(
-                f"it counts {state['metadata']['batches_per_epoch']} batches an epoch, the loader has {self.loader.num_batches}"
-            )
+            return
+        there, here = state["metadata"]["batches_per_epoch"], self.loader.num_batches
+        if None not in (there, here) and there != here:
+            raise CheckpointRefused(f"it counts {there} batches an epoch, the loader has {here}")
 
     def _check_reshardable(self, state: Mapping[str, Any]) -> None:
         change = f"it was made by {saved_ranks(state)} ranks, these are {self.ranks.world_size}"

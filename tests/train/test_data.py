@@ -23,9 +23,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from sweeper.errors import ConfigError, SweeperError
-from sweeper.torch import resumable
+from sweeper.torch import Preempted, resumable
+from sweeper.trainer.main import prepare_process
 
 FEW = pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 
@@ -135,6 +137,108 @@ def test_a_sampler_without_a_length_is_refused(base: Path) -> None:
         )
 
 
+class Curriculum(Sampler[int]):
+    """What it has drawn, it draws more often in the next epoch."""
+
+    def __init__(self) -> None:
+        self.weights = torch.ones(7)
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.multinomial(self.weights, 7, replacement=True)
+        self.weights[drawn] *= 3
+        return iter(drawn.tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"].clone()
+
+
+class Positioned(Sampler[int]):
+    """As torchdata's: its state is where it is in its epoch, and how many there were."""
+
+    def __init__(self) -> None:
+        self.epoch = self.next = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self.next, 7):
+            self.next = index + 1
+            yield (index + self.epoch) % 7
+        self.next, self.epoch = 0, self.epoch + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.next = state["epoch"], state["next"]
+
+
+@pytest.mark.parametrize("kind", [Curriculum, Positioned])
+def test_samplers_that_keep_a_state(base: Path, kind: Any) -> None:
+    whole = check_every_interruption(base, lambda: DataLoader(Squares(), sampler=kind(), batch_size=2))
+    orders = [list(map(int, samples_of(whole, epoch))) for epoch in (0, 1, 2)]
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_what_the_training_changes_in_a_sampler_is_kept(base: Path, at: int) -> None:
+    """As after every step: the epoch in progress stays what it was, the next one is another."""
+
+    def go(name: str, *, stop_at: int | None = None) -> list[Any]:
+        run, seen = new_run(base / name), []
+        prepare_process(run.spec)
+        sampler = Curriculum()
+        loader = DataLoader(Squares(), sampler=sampler, batch_size=2)
+        loop = resumable(run, model=nn.Linear(1, 1), loader=loader)
+        try:
+            for batch in loop.batches(epochs=3):
+                seen.append(batch.tolist())
+                sampler.weights[int(batch[0])] *= 5
+                if loop.step == stop_at:
+                    run._link.stop_reason = "asked to"  # type: ignore[misc]
+        except Preempted:
+            return seen
+        run.finish()
+        return seen
+
+    whole = go("whole.r.00000")
+    assert go("stopped.r.00000", stop_at=at) + go("stopped.r.00000") == whole
+
+
+def test_a_sampler_that_leaves_data_to_other_ranks_is_refused(base: Path) -> None:
+    sampler = DistributedSampler(Squares(), num_replicas=2, rank=0)
+    with pytest.raises(ConfigError, match="DistributedSampler leaves a part of the data to other ranks"):
+        read(base / "x.r.00000", DataLoader(Squares(), sampler=sampler), epochs=1)
+
+
+class Doubled(DataLoader):
+    """A loader that does something of its own."""
+
+    def __iter__(self) -> Any:
+        return (2 * batch for batch in super().__iter__())
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: Doubled(Squares()), "the loader Doubled has an __iter__ of its own"),
+        (lambda: [torch.ones(2)], "the loader, a list, cannot say where it is"),
+    ],
+)
+def test_a_loader_that_would_be_left_out_is_refused(base: Path, make: Any, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        read(base / "x.r.00000", make(), epochs=1)
+    assert caught.value.exit_code == 78
+    assert "state_dict() and load_state_dict()" in str(caught.value)
+
+
 # --- streams ---------------------------------------------------------------------------------
 
 
@@ -222,6 +326,36 @@ def test_a_stream_without_a_position_is_refused(base: Path) -> None:
         resumable(new_run(base / "x.r.00000"), model=nn.Linear(1, 1), loader=DataLoader(Plain()))
     assert caught.value.exit_code == 78
     assert "state_dict() and load_state_dict()" in str(caught.value)
+
+
+class Measured(Stream):
+    """A stream that says how long it is, and may be wrong."""
+
+    length = 7
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_with_a_length_knows_the_ends_of_its_epochs(base: Path, num_workers: int) -> None:
+    def make() -> DataLoader[Any]:
+        return DataLoader(Measured((7,)), batch_size=2, num_workers=num_workers)
+
+    check_every_interruption(base, make, at=None if num_workers == 0 else [3, 4, 5])
+    loop = resumable(new_run(base / "x.r.00000"), model=nn.Linear(1, 1), loader=make())
+    ends, updates = [], []
+    for _ in loop.batches(epochs=2, accumulate=3):
+        ends += [loop.step_in_epoch] if loop.is_epoch_end else []
+        updates += [loop.step_in_epoch] if loop.is_update else []
+    assert (ends, updates, loop.total_steps) == ([4, 4], [3, 4, 3, 4], 4)
+
+
+@pytest.mark.parametrize(("size", "than"), [(9, "more"), (5, "fewer")])
+def test_a_stream_that_is_wrong_about_its_length_is_refused(base: Path, size: int, than: str) -> None:
+    loader = DataLoader(Measured((size,)), batch_size=2)
+    with pytest.raises(ConfigError, match=f"has a length of 4 batches, and gave {than}"):
+        read(base / "x.r.00000", loader, epochs=2)
 
 
 def test_another_number_of_processes_is_refused_by_name(base: Path) -> None:
