@@ -33,7 +33,7 @@ from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
 from sweeper.tracking import Tracker, TrackingSettings
 from sweeper.trainer.run import DISK_FAULTS, Spec, in_attempt
-from sweeper.trainer.warm import TrainerServer, num_ranks, uses_cuda, wants_plain
+from sweeper.trainer.warm import TrainerServer, num_nodes, num_ranks, uses_cuda, wants_plain
 
 IDLE_POLL_S = 0.2
 DISK_REST_S = 5.0
@@ -356,7 +356,7 @@ class Worker:
             config_digest=identity.config_digest, deadline_s=clock.boot_s() + self._times.fence_s,
             metric=sweep.metric, direction=sweep.direction, has_pruner=_has_pruner(sweep.config["pruner"]),
             was_committed=run.checkpoint_step is not None, mtbf_s=mtbf_s,
-            num_ranks=num_ranks(sweep.config), backend="nccl" if uses_cuda(sweep.config) else "gloo", ranks_s=self._times.ranks_s,
+            num_ranks=num_ranks(sweep.config), num_nodes=num_nodes(sweep.config), backend="nccl" if uses_cuda(sweep.config) else "gloo", ranks_s=self._times.ranks_s,
             starts=[list(pair) for pair in self._store.starts(run.run_id)], checkpoint=config["checkpoint"],
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ from sweeper.records import Sweep
 from sweeper.report.hints import next_command
 
 POLL_S = 2.0
-OURS = ("kind", "n_workers", "ranks_per_worker")
+OURS = ("kind", "n_workers")
 """Keys of the launcher group that are not submitit's."""
 
 AFTERWARDS = """\
@@ -148,6 +148,13 @@ class Submission:
             for line in lines
         )
 
+    def _srun_arguments(self) -> list[str]:
+        """The worker is one task on the first node, which starts the ranks; it has what they need there."""
+        ranks = int(self.launcher["tasks_per_node"] or 1)
+        if ranks * int(self.launcher["nodes"] or 1) == 1:
+            return []
+        return ["--nodes=1", "--ntasks=1", f"--cpus-per-task={ranks * self.worker.threads}"]
+
     def _executor(self) -> _Executor:
         given = {name: value for name, value in self.launcher.items() if name not in OURS}
         additional = {"requeue": True, "comment": self.label, **given.pop("additional_parameters")}
@@ -156,7 +163,8 @@ class Submission:
             executor = _Executor(folder=self.folder)
             executor.update_parameters(
                 job_name=self.job_name, wckey=None, teardown=AFTERWARDS.splitlines(), stderr_to_stdout=True,
-                additional_parameters=additional, **executor._convert_parameters(parameters),
+                additional_parameters=additional, srun_args=self._srun_arguments(),
+                **executor._convert_parameters(parameters),
             )  # fmt: skip
         except (ValueError, TypeError, AssertionError, NameError) as error:
             raise ConfigError(

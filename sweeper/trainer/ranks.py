@@ -27,6 +27,7 @@ from sweeper import processes
 from sweeper.channel import Channel, ChannelClosed, Message, NoLink
 from sweeper.checkpoints import Manifest
 from sweeper.trainer import main as trainer_main
+from sweeper.trainer import nodes
 from sweeper.trainer.run import Run, Spec, in_attempt
 
 MAX_REQUEST_BYTES = 1 << 20
@@ -71,20 +72,28 @@ def main(argv: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    ended_here = _kill_at_once()
+    ended_here = kill_at_once()
     with tempfile.TemporaryDirectory(prefix="sweeper-ranks-") as directory:
         os.environ[SOCKET_VARIABLE] = f"{directory}/rank0"
         os.environ[processes.ATTEMPT_VARIABLE] = in_attempt(spec.run_dir, spec.lease_epoch)
         handover = _Handover(os.environ[SOCKET_VARIABLE], request.encode(), fds)
+        is_alone, per_node = spec.num_nodes == 1, spec.num_ranks // spec.num_nodes
+        address = "127.0.0.1" if is_alone else nodes.here()
+        endpoint = f"{address}:{0 if is_alone else nodes.free_port()}"
+        run_id = f"{in_attempt(spec.run_dir, spec.lease_epoch)}:{os.getpid()}"
+        if not is_alone:
+            nodes.start_others(endpoint, run_id, num_nodes=spec.num_nodes, ranks_per_node=per_node)
         try:
             torchrun.main(
-                [
-                    f"--nproc-per-node={spec.num_ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
-                    f"--rdzv-id={os.getpid()}", "--max-restarts=0", "--local-addr=127.0.0.1",
-                    "--signals-to-handle=SIGQUIT",  # the others are the worker's affair
-                    "-m", "sweeper.trainer.rank",
-                ]
-            )  # fmt: skip
+                nodes.torchrun_arguments(
+                    endpoint,
+                    run_id,
+                    num_nodes=spec.num_nodes,
+                    ranks_per_node=per_node,
+                    address=address,
+                    is_host=True,
+                )
+            )
         except ChildFailedError as error:
             failures = [each for rank, each in error.failures.items() if rank not in ended_here]
             endings = {each.local_rank: _ending_left(directory, each.local_rank) for each in failures}
@@ -96,7 +105,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _kill_at_once() -> set[int]:
+def kill_at_once() -> set[int]:
     """Have torchrun end the ranks that are left by SIGKILL; returns where it notes which they were.
 
     It would give them 30 s after SIGTERM, which no option shortens, and one that hangs takes them

@@ -67,7 +67,7 @@ class Spec:
     Attributes:
         starts: (lease_epoch, start step) of the attempts so far, from the database.
         was_committed: The database knows of a committed checkpoint.
-        num_ranks, backend, ranks_s: Processes of this training, how they talk, and how long one waits
+        num_ranks, num_nodes, backend, ranks_s: Processes of this training, on how many nodes, how they talk, and how long one waits
             for another.
         mtbf_s: Mean time between failures of a run of this sweep, as observed so far.
         checkpoint: The run's `checkpoint` settings.
@@ -90,6 +90,7 @@ class Spec:
     was_committed: bool
     mtbf_s: float = 3600.0
     num_ranks: int = 1
+    num_nodes: int = 1
     backend: str = "gloo"
     ranks_s: float = 300.0
     starts: list[list[int]] = field(default_factory=list)

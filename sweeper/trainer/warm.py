@@ -32,7 +32,15 @@ def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 def num_ranks(config: Mapping[str, Any]) -> int:
     """Processes of one training."""
-    return int(config["launcher"].get("ranks_per_worker") or 1)
+    launcher = config["launcher"]
+    return int(
+        launcher.get("ranks_per_worker") or num_nodes(config) * int(launcher.get("tasks_per_node") or 1)
+    )
+
+
+def num_nodes(config: Mapping[str, Any]) -> int:
+    """Nodes of one training."""
+    return int(config["launcher"].get("nodes") or 1)
 
 
 def uses_cuda(config: Mapping[str, Any]) -> bool:
