@@ -16,6 +16,13 @@ BESIDE_FROM_BYTES = 4 << 20
 BESIDE_FROM_S = 0.05
 """A saver process costs 0.1 s once: what is saved faster than that is saved at once."""
 COMPLAIN_AFTER_S = 60.0
+HANGS_AFTER_S = 300.0
+HANGS_AFTER_STOP_S = 10.0
+"""A saver that takes so long hangs: always, and when this attempt is asked to stop."""
+SLOW_BYTES_S = 10e6
+SLOW_AFTER_STOP_BYTES_S = 100e6
+"""… but its disk may be as slow as that."""
+SLICE_S = 0.5
 
 
 class Saves:
@@ -37,6 +44,8 @@ class Saves:
         self._done: Done | None = None
         self._wanted_bytes = 0
         self._complain_at_s = math.inf
+        self._begun_at_s = 0.0
+        self._in_flight: tuple[Plan, dict[str, tuple[int, int]]] | None = None
         self.blocked_s = self.took_s = 0.0
 
     @property
@@ -67,6 +76,7 @@ class Saves:
         if self._saver is None and (wait or not self._is_beside or not is_slow):
             self._done = self._save_here(plan, places, started)
         else:
+            self._in_flight, self._begun_at_s = (plan, places), started
             memory_bytes, metrics_fd = self._memory.size_bytes, self._run.metrics.fd
             self._start().save(plan, places, size_bytes=memory_bytes, metrics_fd=metrics_fd)
             self._complain_at_s = time.monotonic() + max(COMPLAIN_AFTER_S, 10 * self.took_s)
@@ -78,17 +88,25 @@ class Saves:
         return self._take(wait_s=0.0)
 
     def wait(self) -> Done | None:
-        """Wait for the save in flight, if there is one. Raises SaverLost."""
-        while self.is_busy:
-            if done := self._take(wait_s=None):
-                return done
-        return self.poll()
+        """Wait for the save in flight, if there is one.
 
-    def _take(self, *, wait_s: float | None) -> Done | None:
+        Raises:
+            SaverLost: The saver was killed.
+            Fenced: The lease may be over.
+        """
+        while self.is_busy:
+            if done := self._take(wait_s=SLICE_S):
+                return done
+            self._run.poll()
+        return self._take(wait_s=0.0)
+
+    def _take(self, *, wait_s: float) -> Done | None:
         done, self._done = self._done, None
         if done is None and self._saver is not None:
             done = self._saver.poll(wait_s=wait_s)
             self._complain_once(done)
+            if done is None and self.is_busy and self._hangs():
+                done = self._do_its_work()
         if done is not None and done.kind == "allocate":
             if done.error is None:
                 self._memory.grow(self._wanted_bytes)
@@ -105,6 +123,28 @@ class Saves:
         self._run.complain(
             f"a save has been under way for {COMPLAIN_AFTER_S:.0f} s; training goes on, but nothing newer is saved until it ends"
         )
+
+    def _hangs(self) -> bool:
+        size = self._memory.size_bytes
+        if self._run.stop_reason is None:
+            limit_s = HANGS_AFTER_S + 10 * self.took_s + size / SLOW_BYTES_S
+        else:
+            limit_s = HANGS_AFTER_STOP_S + 2 * self.took_s + size / SLOW_AFTER_STOP_BYTES_S
+        return time.monotonic() - self._begun_at_s > limit_s
+
+    def _do_its_work(self) -> Done:
+        """End a saver that hangs, and save here what it should have; the snapshot is still there."""
+        assert self._saver is not None
+        self._saver.close()
+        self._saver, self._is_beside = None, False
+        waited_s = time.monotonic() - self._begun_at_s
+        self._run.complain(
+            f"the saver hung for {waited_s:.0f} s and was ended; from now on a save keeps the training waiting"
+        )
+        if self._in_flight is None:
+            return Done("allocate", waited_s, error=TimeoutError())
+        plan, places = self._in_flight
+        return self._save_here(plan, places, time.monotonic())
 
     def close(self) -> None:
         """End the saver."""
@@ -124,6 +164,7 @@ class Saves:
                     or self._wanted_bytes == room.size_bytes
                 ):
                     self._wanted_bytes = room.size_bytes
+                    self._in_flight, self._begun_at_s = None, time.monotonic()
                     self._start().allocate(room.size_bytes)
                     return None
                 self._memory.grow(room.size_bytes)

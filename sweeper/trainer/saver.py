@@ -31,6 +31,7 @@ from sweeper.trainer.commits import Committer, Plan
 
 MAX_MESSAGE_BYTES = 1 << 20
 NICENESS = 10
+END_WAIT_S = 5.0
 _POPULATE = mmap.MAP_SHARED | mmap.MAP_POPULATE
 
 
@@ -70,7 +71,7 @@ class Saver:
         self, memory_fd: int, *, channel_fd: int, deadline_s: float, known_good: Mapping[int, Kept]
     ) -> None:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.is_busy = False
+        self.is_busy = self._is_closed = False
         with theirs:
             self._process = start_process(theirs.fileno(), channel_fd)
         good = [asdict(kept) for kept in known_good.values()]
@@ -110,9 +111,17 @@ class Saver:
 
     def close(self) -> None:
         """End the saver; a save in flight is dropped."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._sock.close()
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            death = os.pidfd_open(self._process.pid)
+            # One that hangs in the kernel, on a file system that is gone, would never be waited for.
+            if select.select([death], [], [], END_WAIT_S)[0]:
+                self._process.wait()
+            os.close(death)
 
     def _send(self, request: dict[str, Any], fds: list[int] | None = None) -> None:
         try:
@@ -128,6 +137,10 @@ class Saver:
 
 class Process(Protocol):
     """What is needed of a process that was started."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -81,7 +81,7 @@ class Steady(saves.Saves):
         if self._is_fresh and self.is_busy:
             self._is_fresh = False
             return None
-        return self._take(wait_s=None)
+        return self.wait()
 
 
 def fork_saver(place: Place, fd: int, probe: Probe | None) -> Forked:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sweeper import checkpoints, fsops
 from sweeper.errors import CheckpointError, ConfigError, SweeperError
-from sweeper.torch import Run, find_latest, resumable, saves
+from sweeper.torch import Preempted, Run, find_latest, resumable, saves
 from sweeper.torch.loop import Loop
 from sweeper.trainer import saver
 from sweeper.trainer.saver import Done
@@ -114,6 +115,70 @@ def test_a_save_that_takes_for_ever_is_complained_of(
     texts = [said["text"] for said in link(run).said("complaint")]
     assert len([text for text in texts if "a save has been under way" in text]) >= 1
     assert steps(run)[0] == STEPS
+
+
+def test_a_saver_that_hangs_is_ended_and_its_work_done(
+    directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saves, "HANGS_AFTER_S", 0.2)
+    run = new_run(directory, checkpoint={"every_n_steps": 1, "keep_last": 50})
+    stopped: list[int] = []
+
+    def each(loop: Loop) -> None:
+        if loop.step == 4:
+            loop._saves.wait()
+            stopped.append(loop._saves._saver._process.pid)  # type: ignore[union-attr]
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    started = time.monotonic()
+    loop = go(run, each)
+    assert time.monotonic() - started < 20
+    assert set(steps(run)) >= {4, STEPS}
+    assert not Path(f"/proc/{stopped[0]}").exists()
+    assert not loop.is_saving
+    texts = [said["text"] for said in link(run).said("complaint")]
+    assert len([text for text in texts if "the saver hung for" in text]) == 1
+
+
+def test_a_saver_that_hangs_while_it_makes_room_costs_no_checkpoint(
+    directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saves, "HANGS_AFTER_S", 0.2)
+    monkeypatch.setattr(saver.Saver, "allocate", stopping(saver.Saver.allocate))
+    run = new_run(directory, checkpoint={"every_n_steps": 4})
+    go(run, lambda loop: time.sleep(0.1))
+    assert steps(run)[0] == STEPS
+    assert len(steps(run)) >= 3
+    assert len([said for said in link(run).said("complaint") if "hung" in said["text"]]) == 1
+
+
+def stopping(request: Callable[..., None]) -> Callable[..., None]:
+    def stop(self: saver.Saver, *args: Any, **more: Any) -> None:
+        os.kill(self._process.pid, signal.SIGSTOP)
+        request(self, *args, **more)
+
+    return stop
+
+
+def test_a_stop_waits_less_for_a_saver_that_hangs(
+    directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM, and a worker, kill what does not stop in time."""
+    monkeypatch.setattr(saves, "HANGS_AFTER_STOP_S", 0.2)
+    run = new_run(directory, checkpoint={"every_n_steps": 1})
+
+    def each(loop: Loop) -> None:
+        if loop.step == 4:
+            loop._saves.wait()
+            os.kill(loop._saves._saver._process.pid, signal.SIGSTOP)  # type: ignore[union-attr]
+        if loop.step == 6:
+            run._link.stop_reason = "asked to"  # type: ignore[misc]
+
+    started = time.monotonic()
+    with pytest.raises(Preempted):
+        go(run, each)
+    assert time.monotonic() - started < 20
+    assert steps(run)[0] == 6
 
 
 def test_never_two_saves_in_flight(directory: Path, beside: None, monkeypatch: pytest.MonkeyPatch) -> None:
