@@ -69,6 +69,8 @@ def why_stopped(
     preempted_in_s, began_in_s = (_seconds_to(said.get(name, "")) for name in ("PreemptTime", "StartTime"))
     if began_in_s <= preempted_in_s < math.inf:  # else it tells of a preemption before a requeue
         return Outcome.PREEMPTED, f"SLURM job {job} is preempted"
+    if said.get("Reason") == "TimeLimit":
+        return Outcome.TIMEOUT, f"the time limit of SLURM job {job} is reached"
     is_late = _seconds_to(said.get("EndTime", "")) <= warning_s + EARLY_WARNING_S
     if said.get("JobState") == "RUNNING" and is_late:
         return Outcome.TIMEOUT, f"the time limit of SLURM job {job} is near"
@@ -87,8 +89,8 @@ def run(command: Sequence[str]) -> str | None:
     """Ask one of SLURM's commands; None when it failed, is not there, or does not answer."""
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWER_WAIT_S
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=ANSWER_WAIT_S
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
