@@ -20,6 +20,7 @@ from sweeper.config import check_key
 from sweeper.errors import ConfigError
 from sweeper.records import NewSweep
 from sweeper.search import grid, is_grid, make, space_of
+from sweeper.trainer.settings import check as check_checkpoint
 
 OURS = ("sampler", "pruner", "launcher", "checkpoint", "retry", "resume", "lease", "tracking", "sweep")
 """Groups a worker reads: resolved once, at the launch."""
@@ -63,7 +64,7 @@ def read(cfg: DictConfig, *, command: Sequence[str] = ()) -> Settings:
         ) from error
     assert isinstance(storage, dict)
     sweep = config["sweep"]
-    sweep["params"] = sweep["params"] or {}
+    sweep["params"] = sweep.get("params") or {}
     check_values(config)
     check_trainer(str(config["trainer"]["_target_"]))
     check_command(cfg)
@@ -190,39 +191,11 @@ def check_values(config: dict[str, Any]) -> None:
         config["resume"]["on_invalid"],
         "Use fresh or fail.",
     )
-    keep = config["checkpoint"]["keep_last"]
-    _need(
-        _is_count(keep) and keep >= 2,
-        "checkpoint.keep_last",
-        keep,
-        "Use at least 2: one may turn out to be damaged.",
-    )
-    for key in ("every_n_steps", "every_s"):
-        value = config["checkpoint"][key]
-        _need(
-            value is None or (isinstance(value, int | float) and value > 0),
-            f"checkpoint.{key}",
-            value,
-            "Use a positive number, or null.",
-        )
-    checkpoint = config["checkpoint"]
-    _need(
-        checkpoint["interval"] in (None, "auto"),
-        "checkpoint.interval",
-        checkpoint["interval"],
-        "Use auto or null.",
-    )
-    for key in ("at_epoch_end", "async_save"):
-        _need(isinstance(checkpoint[key], bool), f"checkpoint.{key}", checkpoint[key], "Use true or false.")
-    for key in ("keep_best", "keep_every_n_steps"):
-        value = checkpoint[key]
-        _need(type(value) is int and value >= 0, f"checkpoint.{key}", value, "Use a number, 0 for none.")
-    weights = checkpoint["export_weights"]
-    _need(
-        weights is None or (isinstance(weights, str) and weights.endswith((".pth", ".pt"))),
-        "checkpoint.export_weights",
-        weights,
-        "Use a path such as out/{stage}.pth, or null.",
+    trainer = config["trainer"] if isinstance(config["trainer"], dict) else {}
+    check_checkpoint(
+        config["checkpoint"],
+        config={key: value for key, value in trainer.items() if key != "_target_"},
+        num_trials=sweep["n_trials"],
     )
     for key, value in {f"retry.{key}": value for key, value in config["retry"].items()}.items():
         _need(_is_count(value) and value >= 0, key, value, "Use a number of attempts, 0 or more.")

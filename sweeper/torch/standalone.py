@@ -30,6 +30,7 @@ from sweeper.channel import NoLink
 from sweeper.errors import EXIT_RELEASED, ConfigError, SweeperError
 from sweeper.trainer.main import prepare_process
 from sweeper.trainer.run import Preempted, Run, Spec, Stop
+from sweeper.trainer.settings import DEFAULTS, check
 
 LOCK_FILE = ".lock"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -105,10 +106,10 @@ def open_run(
         ConfigError: There is no such setting, or no such value of it.
         SweeperError: Another process has the directory open.
     """
-    settings, trainer = (
-        _settings(checkpoint),
-        json.loads(json.dumps(dict(config or {}), default=_plain_value)),
-    )
+    trainer = json.loads(json.dumps(dict(config or {}), default=_plain_value))
+    settings = {**DEFAULTS, **checkpoint}
+    check(settings, config=trainer, prefix="")
+    _check_rest(seed=seed, metric=metric, direction=direction)
     run_dir = Path(directory).absolute()
     root = run_dir / rundir.CHECKPOINTS_DIR
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -127,17 +128,13 @@ def open_run(
     return run
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {
-        "every_n_steps": None, "every_s": 60.0, "at_epoch_end": False, "interval": None, "async_save": True,
-        "keep_last": 3, "keep_best": 0, "keep_every_n_steps": 0, "export_weights": None,
-    }  # fmt: skip
-    if unknown := sorted(set(given) - set(defaults)):
-        raise ConfigError(f"open_run has no setting {unknown[0]!r}", do=f"There are {', '.join(defaults)}.")
-    settings = {**defaults, **given}
-    if settings["interval"] not in (None, "auto"):
-        raise ConfigError(f"interval={settings['interval']!r} is no interval", do="Use None or 'auto'.")
-    return settings
+def _check_rest(*, seed: object, metric: object, direction: object) -> None:
+    if type(seed) is not int or abs(seed) >= 2**63:
+        raise ConfigError(f"seed={seed!r} cannot be used", do="Use a whole number of at most 63 bits.")
+    if not isinstance(metric, str) or not metric:
+        raise ConfigError(f"metric={metric!r} cannot be used", do="Use the name of a reported metric.")
+    if direction not in ("minimize", "maximize"):
+        raise ConfigError(f"direction={direction!r} cannot be used", do="Use minimize or maximize.")
 
 
 def _plain_value(value: Any) -> Any:

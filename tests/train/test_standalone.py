@@ -253,13 +253,32 @@ def test_values_that_json_does_not_know_are_configuration_all_the_same(base: Pat
         script(base / "mine", signals=(), config=config)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"every_s": "abc"}, {"every_s": -1}, {"every_n_steps": 0}, {"every_n_steps": "10"}, {"keep_last": 1},
+        {"keep_best": -1}, {"keep_every_n_steps": -3}, {"export_weights": 5}, {"interval": "Auto"}, {"interval": 30},
+        {"async_save": "no"}, {"at_epoch_end": "no"}, {"direction": "min"}, {"seed": "x"}, {"metric": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_that_cannot_be_used(base: Path, setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigError) as caught:
+        open_run(base / "mine", **setting)
+    assert f"{name}={value!r} cannot be used. Use " in str(caught.value)
+    assert not (base / "mine").exists()
+
+
 def test_no_such_setting(base: Path) -> None:
-    with pytest.raises(ConfigError, match="open_run has no setting 'keep_lots'"):
+    with pytest.raises(
+        ConfigError, match=r"there is no setting keep_lots\. There are every_n_steps, every_s,"
+    ):
         open_run(base / "mine", keep_lots=3)
-    with pytest.raises(ConfigError, match="interval='Auto' is no interval"):
-        open_run(base / "mine", interval="Auto")
-    with open_run(base / "mine", signals=()):
-        pass  # nothing is locked by then
+    with pytest.raises(
+        ConfigError, match=r"names .hidden., which is not there\. It may name run_id, stage, trial, width"
+    ):
+        open_run(base / "mine", config={"width": 3}, export_weights="{hidden}.pth")
 
 
 def test_a_metric_that_is_no_number_is_no_best(base: Path) -> None:

@@ -254,6 +254,21 @@ REFUSED: dict[str, str] = {
     "checkpoint.keep_last=1": "at least 2",
     "checkpoint.every_s=0": "checkpoint.every_s=0",
     "checkpoint.every_n_steps=-1": "checkpoint.every_n_steps=-1",
+    "checkpoint.every_n_steps=2.5": "checkpoint.every_n_steps=2.5",
+    "checkpoint.every_n_steps=true": "checkpoint.every_n_steps=True",
+    "checkpoint.every_s=often": "checkpoint.every_s='often'",
+    "checkpoint.every_s=.inf": "checkpoint.every_s=inf",
+    "checkpoint.keep_last=2.5": "checkpoint.keep_last=2.5",
+    "checkpoint.keep_best=-1": "checkpoint.keep_best=-1",
+    "checkpoint.async_save='no'": "true or false",
+    "checkpoint.interval=30": "auto or null",
+    "checkpoint.keep_lots=1": "There are every_n_steps, every_s,",
+    "checkpoint.export_weights=5": "checkpoint.export_weights=5",
+    "checkpoint.export_weights='out/{nothing}.pth'": "names 'nothing', which is not there. It may name ",
+    "checkpoint.export_weights='out/{}.pth'": "names '', which is not there",
+    "checkpoint.export_weights='out/{lr.pth'": "Close its braces",
+    "checkpoint.export_weights=/models/x.pth": "one file for all trials",
+    "checkpoint.export_weights='../{lr}.pth'": "one file for all trials",
     "retry.max_lost=-1": "retry.max_lost=-1",
     "retry.max_oom=0.5": "retry.max_oom=0.5",
     "lease.ttl_s=20": "at least three heartbeats",
@@ -290,6 +305,21 @@ def test_what_could_only_fail_later_is_refused_now(composed: Composed, override:
     assert caught.value.do
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == EXIT_CONFIG
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("checkpoint.export_weights='out/{stage}_{lr}.pth'",),
+        ("checkpoint.export_weights='/models/{run_id}.pth'",),
+        ("checkpoint.export_weights='../{trial}.pth'",),
+        ("checkpoint.export_weights=/models/x.pth", "sweep.n_trials=1"),
+    ],
+)
+def test_weights_may_be_exported_where_no_trial_replaces_another_s(
+    composed: Composed, overrides: tuple[str, ...]
+) -> None:
+    read(composed(*overrides))
 
 
 # --- the same sweep again ----------------------------------------------------------------------
