@@ -137,7 +137,14 @@ class Board:
     def _spawn(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         host = self._settings.host
-        self._port = free_port(host, self._settings.port)
+        try:
+            self._port = free_port(host, self._settings.port)
+        except OSError as error:
+            self._warn(
+                f"it cannot listen on the host {host!r} ({error.strerror or error}); "
+                "set TB_HOST, or tracking.tensorboard.host, to one of this machine, e.g. localhost"
+            )
+            return
         self._num_starts += 1
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         environment = {name: value for name, value in os.environ.items() if name != "SWEEPER_STORAGE"}

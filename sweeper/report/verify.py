@@ -65,7 +65,18 @@ def latest(directory: str) -> int:
 
     Raises:
         NotWell: There is none.
+        NotFound: That is no place for checkpoints.
     """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise NotFound(
+            f"{directory} is a file", do="Name the run directory, or the checkpoints directory in it."
+        )
+    if _is_checkpoint(path.absolute()):
+        raise NotFound(
+            f"{directory} is a checkpoint itself",
+            do=f"`sweeper verify {directory}` says whether it is valid; --latest takes the directory around it.",
+        )
     found = checkpoints.find_latest(directory)
     if found is None:
         raise NotWell(f"{directory} has no valid checkpoint", do=f"`sweeper verify {directory}` says why.")
@@ -102,11 +113,17 @@ def _directory_targets(path: Path) -> list[Target]:
     path = path.absolute()
     if (path / rundir.RUN_FILE).is_file():
         return [run_target(path)]
-    if path in [directory for _, directory in checkpoints.steps_on_disk(path.parent)]:
+    if _is_checkpoint(path):
         return [_checkpoints_target(path.parent, only=path.name)]
     if path.name == rundir.CHECKPOINTS_DIR or checkpoints.steps_on_disk(path):
         return [_checkpoints_target(path)]
+    if (path / rundir.CHECKPOINTS_DIR).is_dir():  # open_run's
+        return [_checkpoints_target(path / rundir.CHECKPOINTS_DIR)]
     return [run_target(run_dir) for run_dir in places.place_of(path).run_dirs()]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path in [directory for _, directory in checkpoints.steps_on_disk(path.parent)]
 
 
 def run_target(run_dir: Path) -> Target:

@@ -746,6 +746,24 @@ def test_verify_latest_where_there_is_none(sweeper: Any, filled: Filled, tmp_pat
     assert sweeper("verify", "--latest", str(run_dir), "--json").code == 2
 
 
+def test_verify_latest_of_what_holds_no_checkpoints(sweeper: Any, filled: Filled, tmp_path: Path) -> None:
+    step = commit_checkpoint(filled.directory("simple.r.00000"), step=10)
+    for path, what in [(step / "model.pth", "is a file"), (step, "is a checkpoint itself")]:
+        result = sweeper("verify", "--latest", str(path))
+        assert (result.code, result.out) == (1, "")
+        assert f"{path} {what}. " in result.err
+        assert "Traceback" not in result.err
+
+
+def test_verify_of_a_directory_of_open_run(sweeper: Any, filled: Filled, tmp_path: Path) -> None:
+    run_dir = filled.directory("simple.r.00000")
+    commit_checkpoint(run_dir, step=10)
+    (tmp_path / "mine").mkdir()
+    (run_dir / "checkpoints").rename(tmp_path / "mine" / "checkpoints")
+    result = sweeper("verify", str(tmp_path / "mine"), "--json")
+    assert (result.code, [verdict["step"] for verdict in result.json]) == (0, [10])
+
+
 def test_verify_latest_takes_no_checkpoint_of_another_run(sweeper: Any, filled: Filled) -> None:
     one, other = filled.directory("simple.r.00000"), filled.directory("simple.r.00001")
     mine = commit_checkpoint(other, step=5)

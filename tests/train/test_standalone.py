@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,50 @@ def test_an_error_gives_the_directory_back_and_ends_the_saver(
     script(base / "mine", signals=())
 
 
+def test_signals_are_given_back(base: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with open_run(base / "mine"):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    with pytest.raises(ZeroDivisionError), open_run(base / "mine"):
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_signals_cannot_be_taken_in_another_thread(base: Path) -> None:
+    raised: list[Exception] = []
+
+    def use() -> None:
+        try:
+            open_run(base / "mine")
+        except ConfigError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert "Call it in the main thread, or with signals=()." in str(raised[0])
+    script(base / "mine", signals=())
+
+
+def test_a_rank_of_several_is_refused_by_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"this is one of 4 ranks.*launcher.ranks_per_worker=4"):
+        open_run(base / "mine")
+
+
+def test_a_directory_that_cannot_be_one(base: Path) -> None:
+    (base / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"file/mine cannot be used as the directory of a run: .*Not a dir"
+    ) as caught:
+        open_run(base / "file" / "mine")
+    assert "Give open_run a directory that can be written" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"cannot be used as the directory of a run"):
+        open_run("/proc/mine")
+
+
 # --- changed ---------------------------------------------------------------------------------------
 
 
@@ -219,8 +264,11 @@ def test_another_configuration_is_named_and_the_bits_stay(base: Path) -> None:
     script(base / "mine", signals=(), width=32, config={"width": 32})
     before = find_latest(base / "mine")
     assert before is not None
-    with pytest.raises(SweeperError, match="the checkpoint has width 32, the configuration has 64"):
+    with pytest.raises(
+        SweeperError, match="step 12: the checkpoint has width 32, the configuration has 64"
+    ) as caught:
         script(base / "mine", signals=(), width=64, config={"width": 64})
+    assert str(caught.value).endswith("Put the script back as it was, or give it another directory.")
     assert find_latest(base / "mine") == before, "it can be put back"
     script(base / "mine", signals=(), width=32, config={"width": 32})
 

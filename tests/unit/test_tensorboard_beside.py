@@ -183,7 +183,11 @@ def test_one_whose_port_was_taken_meanwhile_is_started_elsewhere(
     ("board", "reason"),
     [
         ({"dir": "/proc/nowhere"}, "/proc/nowhere"),
-        ({"dir": "/tmp", "host": "no.such.host.invalid"}, "cannot be started"),
+        ({"dir": "/tmp", "host": "no.such.host.invalid"}, "cannot listen on the host 'no.such.host.invalid'"),
+        (
+            {"dir": "/tmp", "host": "192.0.2.1"},
+            "set TB_HOST, or tracking.tensorboard.host, to one of this machine",
+        ),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_warning(
