@@ -9,6 +9,8 @@ one that comes behind every name, and is used for nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -17,8 +19,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sweeper import processes
+from sweeper import processes, rundir
+from sweeper.channel import Message
+from sweeper.trainer.run import Spec, in_attempt
 
+OTHERS_WAIT_S = 10.0
 _LAST = "~"
 """Sorts behind letters, digits and dots."""
 
@@ -80,12 +85,12 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from sweeper.trainer.ranks import SOCKET_VARIABLE, kill_at_once
+    from sweeper.trainer.ranks import SOCKET_VARIABLE, first_failure, kill_at_once
 
     endpoint, run_id, num_nodes, ranks_per_node, attempt = argv
     processes.ignore_signals()
     os.environ[processes.ATTEMPT_VARIABLE] = attempt
-    kill_at_once()
+    ended_here = kill_at_once()
     with tempfile.TemporaryDirectory(prefix="sweeper-ranks-") as directory:
         os.environ[SOCKET_VARIABLE] = str(Path(directory, "rank0"))
         try:
@@ -96,9 +101,30 @@ def main(argv: Sequence[str]) -> int:
                 )
             )  # fmt: skip
         except ChildFailedError as error:
-            print(f"[RUN] on {here()}: {error}", flush=True)
+            failure = first_failure(error, directory, ended_here)
+            if not failure[1].get("is_others"):
+                _failure_path(attempt).write_text(json.dumps(failure))
             return 1
     return 0
+
+
+def _failure_path(attempt: str) -> Path:
+    """Where the node whose rank failed first leaves what is to be told of it: nodes share the run directory."""
+    run_dir, _, lease_epoch = attempt.rpartition(":")
+    return Path(run_dir, rundir.LOGS_DIR, f"failure_{lease_epoch}.json")
+
+
+def failure_of_others(others: subprocess.Popen[bytes], spec: Spec) -> tuple[int, Message] | None:
+    """What another node has left to be told, once its agent is gone; None if nothing."""
+    path = _failure_path(in_attempt(spec.run_dir, spec.lease_epoch))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        others.wait(OTHERS_WAIT_S)
+    try:
+        code, ending = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    path.unlink(missing_ok=True)
+    return code, ending
 
 
 if __name__ == "__main__":

@@ -81,8 +81,9 @@ def main(argv: list[str]) -> int:
         address = "127.0.0.1" if is_alone else nodes.here()
         endpoint = f"{address}:{0 if is_alone else nodes.free_port()}"
         run_id = f"{in_attempt(spec.run_dir, spec.lease_epoch)}:{os.getpid()}"
+        others = None
         if not is_alone:
-            nodes.start_others(endpoint, run_id, num_nodes=spec.num_nodes, ranks_per_node=per_node)
+            others = nodes.start_others(endpoint, run_id, num_nodes=spec.num_nodes, ranks_per_node=per_node)
         try:
             torchrun.main(
                 nodes.torchrun_arguments(
@@ -95,14 +96,28 @@ def main(argv: list[str]) -> int:
                 )
             )
         except ChildFailedError as error:
-            failures = [each for rank, each in error.failures.items() if rank not in ended_here]
-            endings = {each.local_rank: _ending_left(directory, each.local_rank) for each in failures}
-            first = min(failures, key=lambda each: _comes_after(each, endings[each.local_rank]))
-            print(f"[RUN] rank {first.local_rank} ended first, with code {first.exitcode}", flush=True)
-            if ending := endings[first.local_rank]:
-                handover.tell({**ending, "reason": f"rank {first.local_rank}: {ending['reason']}"})
-            return int(first.exitcode)
+            code, ending = first_failure(error, directory, ended_here)
+            if others is not None and ending.get("is_others"):
+                code, ending = nodes.failure_of_others(others, spec) or (code, ending)
+            if ending:
+                handover.tell(ending)
+            return code
     return 0
+
+
+def first_failure(error: Any, directory: str, ended_here: set[int]) -> tuple[int, Message]:
+    """How the rank of this node that failed first ended: exit code, and what it left to be told, if anything.
+
+    Args:
+        error: torchrun's ChildFailedError.
+        ended_here: Local ranks that we ended ourselves.
+    """
+    failures = {rank: each for rank, each in error.failures.items() if each.local_rank not in ended_here}
+    endings = {rank: _ending_left(directory, rank) for rank in failures}
+    first = min(failures, key=lambda rank: _comes_after(failures[rank], endings[rank]))
+    code, ending = int(failures[first].exitcode), endings[first]
+    print(f"[RUN] rank {first} ended first, with code {code}", flush=True)
+    return code, {**ending, "reason": f"rank {first}: {ending['reason']}"} if ending else {}
 
 
 def kill_at_once() -> set[int]:

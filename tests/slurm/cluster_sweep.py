@@ -54,7 +54,7 @@ class ClusterSweep:
     @property
     def environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SWEEPER_", "SLURM_"))}
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "slurm")])
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "slurm", ROOT / "tests" / "train")))
         mine = {
             "PYTHONPATH": path,
             "OMP_NUM_THREADS": "1",
