@@ -13,11 +13,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m sweeper launch +sweep=simple
 
 test: $(VENV)/.installed-dev
+	$(PYTHON) slurm/testbed/install || echo "no SLURM: the tests that need one are skipped, and say why"
 	$(PYTEST) -p no:cacheprovider
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff format --check sweeper train conf tests bench examples
-	$(BIN)/ruff check sweeper train conf tests bench examples
+	$(BIN)/ruff format --check sweeper train conf tests bench examples slurm
+	$(BIN)/ruff check sweeper train conf tests bench examples slurm
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow"
 
