@@ -71,6 +71,15 @@ def transactions(*, workers: int, acts: int, limit_s: float) -> dict[str, Any]:
         return answer_of(argv, timeout_s=60 + 10 * limit_s)
 
 
+def commits(*, workers: int, acts: int, limit_s: float) -> dict[str, Any]:
+    """Row 11: two commits of PostgreSQL per claim."""
+    with processes.scratch() as directory:
+        directory.chmod(0o711)
+        return answer_of(
+            python("floor_commits.py", directory, workers, acts, limit_s), timeout_s=120 + 2 * limit_s
+        )
+
+
 def query_s(database: Path, *, repeats: int) -> Series:
     """Row 4: bare python that asks SQLite for the unfinished runs and prints them."""
     code = (

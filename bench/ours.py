@@ -41,6 +41,14 @@ def asks(*, workers: int, acts: int, limit_s: float) -> dict[str, Any]:
         )
 
 
+def claims(*, workers: int, acts: int, limit_s: float) -> dict[str, Any]:
+    """Row 11: claim and release interrupted runs on PostgreSQL."""
+    with processes.scratch() as directory:
+        directory.chmod(0o711)  # started by root, the server is somebody else
+        argv = python("ours_claims.py", directory, workers, acts, limit_s)
+        return answer_of(argv, timeout_s=120 + 2 * limit_s)
+
+
 def fill(directory: Path, *, runs: int, unfinished: int) -> Path:
     """Row 4: a database with many runs."""
     processes.run(python("ours_fill.py", directory, runs, unfinished), timeout_s=120)

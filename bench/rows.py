@@ -28,6 +28,7 @@ class Size:
     ask_repeats: int = 3
     repeats: int = 5
     asks: int = 600
+    claims: int = 64_000
     ask_limit_s: float = 6.0
     runs: int = 100_000
     window_s: float = 120.0
@@ -36,7 +37,14 @@ class Size:
 
 
 QUICK = Size(
-    fast_trials=60, slow_trials=8, repeats=3, ask_repeats=1, asks=200, ask_limit_s=3.0, window_s=40.0
+    fast_trials=60,
+    slow_trials=8,
+    repeats=3,
+    ask_repeats=1,
+    asks=200,
+    claims=6_400,
+    ask_limit_s=3.0,
+    window_s=40.0,
 )
 
 
@@ -313,6 +321,16 @@ def auto_interval(bench: Bench) -> Iterator[Line]:
         )
 
 
+def claims(bench: Bench) -> Iterator[Line]:
+    """Row 11."""
+    workers, size = 64, bench.size
+    mine = [_measured(ours.claims, workers=workers, acts=size.claims, limit_s=600.0)]
+    floor = [_measured(floors.commits, workers=workers, acts=size.claims, limit_s=600.0)]
+    title = f"claim + release, PostgreSQL, {workers} workers, {size.claims:,} claims"
+    goal = Goal("none twice", lambda mine, *_: isinstance(mine, Series))
+    yield Line("11", title, "per s", _cell(mine, "rate_per_s"), _cell(floor, "rate_per_s"), goal, {})
+
+
 ROWS: dict[str, tuple[str, Callable[[Bench], Iterator[Line]]]] = {
     "1": ("trial", trial_cost),
     "2": ("start", first_start),
@@ -324,6 +342,7 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Iterator[Line]]]] = {
     "8": ("stall", stall),
     "9": ("saves", saves),
     "10": ("auto", auto_interval),
+    "11": ("claims", claims),
 }
 """Number → (name, what measures it)."""
 

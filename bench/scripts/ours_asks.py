@@ -36,8 +36,8 @@ def prepare(url: str) -> None:
     store.close()
 
 
-def client(url: str) -> Act:
-    """Ask: draw a trial, with its run and lease. Tell: settle it."""
+def client(url: str, *, settle: bool = True) -> Act:
+    """Ask: draw a trial, with its run and lease. Tell: settle it, or give it back."""
     store = Store(url)
     sweep = store.sweep("bench")
     asking = search.Search(store, sweep)
@@ -54,6 +54,9 @@ def client(url: str) -> Act:
 
     def act() -> None:
         claim = ask()
+        if not settle:
+            store.release(claim.lease, Ending(Outcome.PREEMPTED, "bench"))  # type: ignore[attr-defined]
+            return
         ending = Ending(Outcome.COMPLETED, value=claim.run.params["trainer.lr"])  # type: ignore[attr-defined]
         store.settle(claim.lease, State.COMPLETED, ending)  # type: ignore[attr-defined]
 
