@@ -13,6 +13,7 @@ from sweeper import checkpoints, rundir
 from sweeper.database import create_database
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotWell, UsageError
 from sweeper.launch.settings import Settings
+from sweeper.reading import hide_password
 from sweeper.records import Sweep
 from sweeper.states import INCOMPLETE
 from sweeper.store import Store
@@ -175,7 +176,7 @@ def _dry_run(settings: Settings) -> int:
 
     new = settings.new
     print(
-        f"sweep {new.name}: {new.n_trials} trials in {settings.data_dir}, database {settings.storage.rpartition('@')[2]}"
+        f"sweep {new.name}: {new.n_trials} trials in {settings.data_dir}, database {hide_password(settings.storage).rpartition('@')[2]}"
     )
     for key, value in sorted(new.config["sweep"]["params"].items()):
         print(f"  {key}: {value}")

@@ -6,6 +6,7 @@ database and the run directories: submitit's states and results are not asked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ from sweeper.report.hints import next_command
 POLL_S = 2.0
 OURS = ("kind", "n_workers")
 """Keys of the launcher group that are not submitit's."""
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED")
+"""States of a worker that has started, or will without anybody's doing."""
+FIXED = {"name", "job_name", "wckey", "teardown", "stderr_to_stdout", "srun_args", "use_srun"}
+"""Parameters of submitit's that are not for users: what is here depends on them."""
 
 AFTERWARDS = """\
 code=$?
@@ -71,7 +77,7 @@ class Submission:
 
     Attributes:
         folder: Where its sbatch files, pickles and logs lie.
-        label: What its jobs carry as comment, to be known among others of the same name.
+        label: What the comment of its jobs ends with, to be known among others of the same name.
     """
 
     sweep: str
@@ -82,13 +88,15 @@ class Submission:
     @classmethod
     def of(cls, sweep: str, launcher: Mapping[str, Any], *, storage: str, data_dir: Path) -> Submission:
         """The submission of a sweep's workers. Raises ConfigError."""
-        if make_url(storage).password:
+        url = make_url(storage)
+        if url.password or "password" in url.query:
             raise ConfigError(
                 "a database URL with a password cannot be handed to SLURM jobs",
                 why="it would stand in files",
                 do="Put the password into ~/.pgpass, or into a file that ?passfile= in storage.url names.",
             )
         folder = data_dir.resolve() / "sweep" / sweep / "slurm"
+        _check_printable("data_dir", folder)
         worker = Worker(
             sweep, _absolute(storage), str(data_dir.resolve()), int(launcher["cpus_per_task"] or 1)
         )
@@ -106,7 +114,7 @@ class Submission:
         """The sbatch file. Raises ConfigError when submitit does not know a parameter."""
         executor = self._executor()
         executor.parameters["map_count"] = num_workers
-        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+        return str(executor._make_submission_file_text(executor._submitit_command_str, "")) + "\n"
 
     def check(self, num_workers: int) -> None:
         """Let SLURM look at the sbatch file before anything is recorded. Raises ConfigError in SLURM's words."""
@@ -142,22 +150,24 @@ class Submission:
                 "squeue does not answer",
                 do="Nothing was submitted; try again when SLURM's controller is back.",
             )
-        lines = (line.split(maxsplit=1) for line in answer.splitlines())
-        return sum(
-            line[1:] == [self.label] and line[0] in ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED")
-            for line in lines
-        )
+        lines = (line.rstrip().partition(" ") for line in answer.splitlines())
+        return sum(state in ACTIVE and comment.endswith(self.label) for state, _, comment in lines)
 
     def _srun_arguments(self) -> list[str]:
         """The worker is one task on the first node, which starts the ranks; it has what they need there."""
         ranks = int(self.launcher["tasks_per_node"] or 1)
-        if ranks * int(self.launcher["nodes"] or 1) == 1:
-            return []
-        return ["--nodes=1", "--ntasks=1", f"--cpus-per-task={ranks * self.worker.threads}"]
+        num_cpus = ranks * self.worker.threads
+        # HAZARD: since 22.05 srun does not take --cpus-per-task from sbatch. Source: srun(1).
+        cpus = [f"--cpus-per-task={num_cpus}"] if num_cpus > 1 else []
+        is_alone = ranks * int(self.launcher["nodes"] or 1) == 1
+        return cpus if is_alone else ["--nodes=1", "--ntasks=1", f"--cpus-per-task={num_cpus}"]
 
     def _executor(self) -> _Executor:
         given = {name: value for name, value in self.launcher.items() if name not in OURS}
-        additional = {"requeue": True, "comment": self.label, **given.pop("additional_parameters")}
+        additional = _additional(given.pop("additional_parameters"))
+        comments = (given.pop("comment", None), additional.pop("comment", None), self.label)
+        additional |= {"requeue": True, "comment": " ".join(str(comment) for comment in comments if comment)}
+        _check_known(given)
         parameters = {name: value for name, value in given.items() if value is not None and value != []}
         try:
             executor = _Executor(folder=self.folder)
@@ -171,6 +181,38 @@ class Submission:
                 "the launcher group is refused", why=" ".join(str(error).split())[:500]
             ) from error
         return executor
+
+
+def _additional(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    found = {str(name).replace("_", "-"): value for name, value in (options or {}).items()}
+    for name, value in found.items():
+        _check_printable(f"launcher.additional_parameters.{name}", value)
+    if taken := sorted({"job-name", "array"} & set(found)):
+        raise ConfigError(
+            f"launcher.additional_parameters.{taken[0]} cannot be set",
+            why="the sweep's workers are known by it",
+            do="Choose sweep.name and launcher.n_workers instead.",
+        )
+    return found
+
+
+def _check_printable(key: str, value: object) -> None:
+    if not f"{key}{value}".isprintable():
+        raise ConfigError(
+            f"{key!r} cannot be {str(value)!r}",
+            do="It becomes a line of a script: use printable characters only.",
+        )
+
+
+def _check_known(given: Mapping[str, Any]) -> None:
+    known = {*_Executor._valid_parameters(), *_Executor._equivalence_dict()} - FIXED
+    for name in sorted(set(given) - known):
+        near = get_close_matches(name, known, n=1)
+        meant = f"Did you mean launcher.{near[0]}? " if near else ""
+        raise ConfigError(
+            f"launcher.{name} is not known",
+            do=f"{meant}What else sbatch can do is set by launcher.additional_parameters.",
+        )
 
 
 def _absolute(storage: str) -> str:
@@ -194,7 +236,8 @@ def refused(said: str) -> ConfigError:
 
 def make_private(folder: Path) -> None:
     """Create the folder of pickles, which jobs execute: nobody else may write there. Raises ConfigError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ConfigError(

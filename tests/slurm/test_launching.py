@@ -1,0 +1,525 @@
+"""Launching on SLURM, with its commands faked: what is asked, what is submitted, and what is refused in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sweeper import cli, embedded
+from sweeper.errors import EXIT_CONFIG, EXIT_NOT_WELL, EXIT_OK, ConfigError
+from sweeper.launch import slurm as launching
+from sweeper.launch.slurm import Submission, make_private
+from sweeper.launch.slurm_worker import Worker
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden.sbatch"
+PROGRAMS = ("sbatch", "squeue", "sacct", "scontrol", "srun", "scancel")
+NOBODY = 65534
+EVERY_KEY = (
+    "launcher.n_workers=6", "launcher.partition=low", "launcher.account=physics", "launcher.qos=long",
+    "launcher.constraint='a100|h100'", "launcher.timeout_min=90", "launcher.nodes=2", "launcher.tasks_per_node=2",
+    "launcher.cpus_per_task=3", "launcher.gpus_per_node=2", "launcher.gres=nvme:1", "launcher.mem_gb=7.5",
+    "launcher.array_parallelism=3", "launcher.signal_delay_s=45", "launcher.setup=['module load cuda','export A=\"b c\"']",
+    "+launcher.additional_parameters={reservation: 'the week', exclusive: true, mail-type: FAIL}",
+)  # fmt: skip
+
+
+@dataclass
+class Fake:
+    """SLURM's commands, as `fake_slurm.py` plays them."""
+
+    folder: Path
+    answers: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+
+    def says(self, command: str, out: str = "", *, err: str = "", code: int = 0) -> None:
+        """What a command that starts so prints from now on."""
+        self.answers[command] = (code, out, err)
+        (self.folder / "answers.json").write_text(json.dumps(self.answers))
+
+    def calls(self) -> list[dict[str, Any]]:
+        file = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def scripts(self) -> list[str]:
+        """The sbatch files that were submitted."""
+        return [call["files"][0] for call in self.calls() if call["program"] == "sbatch" and call["files"]]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "fake"
+    program.write_text(f"#!{sys.executable}\n{(HERE / 'fake_slurm.py').read_text()}")
+    program.chmod(0o700)
+    for name in PROGRAMS:
+        (folder / name).symlink_to("fake")
+    for name in [name for name in os.environ if name.startswith(("SWEEPER_", "SLURM_", "DATA_DIR"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fake = Fake(folder)
+    fake.says("sbatch --test-only", err="sbatch: Job 1 to start at 2026-11-25T09:48:38 using 1 processors on nodes n1 in partition low\n")  # fmt: skip
+    fake.says("sbatch", "Submitted batch job 100\n")
+    fake.says("squeue")
+    return fake
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def sweeper(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    def run(*arguments: str) -> Said:
+        code = cli.main(list(arguments))
+        return Said(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def launch(fake: Fake, sweeper: Callable[..., Said]) -> Callable[..., Said]:
+    def run(*overrides: str) -> Said:
+        return sweeper(
+            "launch", "+sweep=simple", "launcher=slurm", "tracking.wandb.mode=disabled", *overrides
+        )
+
+    return run
+
+
+def label(data_dir: Path) -> str:
+    return Submission.of("simple", {"cpus_per_task": 1}, storage="sqlite:///x.db", data_dir=data_dir).label
+
+
+def complete(data_dir: Path) -> None:
+    """Note in the database that all trials are done."""
+    with sqlite3.connect(data_dir / "sweeper.db") as connection:
+        connection.execute("UPDATE sweeper_sweep SET n_trials=0")
+
+
+def num_sweeps(data_dir: Path) -> int:
+    """How many sweeps are recorded; none where there is no database."""
+    if not (data_dir / "sweeper.db").exists():
+        return 0
+    with sqlite3.connect(data_dir / "sweeper.db") as connection:
+        return int(connection.execute("SELECT count(*) FROM sweeper_sweep").fetchone()[0])
+
+
+# --- the sbatch file ---------------------------------------------------------------------------
+
+
+def placed(text: str, data_dir: Path) -> str:
+    """A sbatch file without what differs from place to place."""
+    named = {shlex.quote(sys.executable): "PYTHON", label(data_dir): "LABEL", str(data_dir): "DATA_DIR"}
+    for found, name in named.items():
+        text = text.replace(found, name)
+    return text
+
+
+def test_a_dry_run_prints_the_sbatch_file_and_asks_nobody(fake: Fake, launch: Any, tmp_path: Path) -> None:
+    keys = yaml.safe_load((HERE.parents[1] / "conf/launcher/slurm.yaml").read_text())
+    assert {key for key in keys if key != "kind"} == {
+        o.partition("=")[0].lstrip("+").removeprefix("launcher.") for o in EVERY_KEY
+    }
+    said = launch("--dry-run", *EVERY_KEY)
+    assert (said.code, said.err) == (EXIT_OK, "")
+    script = said.out[said.out.index("#!/bin/bash") :]
+    assert placed(script, tmp_path / "outputs") == GOLDEN.read_text()
+    assert fake.calls() == []
+    assert not list((tmp_path / "outputs").rglob("*"))
+
+
+def test_the_sbatch_file_is_what_bash_reads() -> None:
+    assert subprocess.run(["bash", "-n", str(GOLDEN)], capture_output=True, text=True).stderr == ""
+
+
+def test_what_is_submitted_is_what_a_dry_run_shows(fake: Fake, launch: Any, tmp_path: Path) -> None:
+    assert launch(*EVERY_KEY).code == EXIT_OK
+    assert [placed(script, tmp_path / "outputs") for script in fake.scripts()] == [
+        GOLDEN.read_text().rstrip("\n")
+    ]
+    asked = next(call for call in fake.calls() if call["argv"] == ["--test-only"])
+    assert placed(asked["stdin"], tmp_path / "outputs") == GOLDEN.read_text()
+
+
+def test_a_launch_returns_at_once_with_job_ids_and_where_to_look(launch: Any, tmp_path: Path) -> None:
+    said = launch("launcher.n_workers=3")
+    assert (said.code, said.out) == (EXIT_OK, "submitted 3 workers: 100_0, 100_1, 100_2\n")
+    folder = tmp_path / "outputs/sweep/simple/slurm"
+    assert said.err == f"logs: {folder}\nfollow with: python -m sweeper status simple --watch\n"
+    assert num_sweeps(tmp_path / "outputs") == 1
+
+
+def test_a_pickle_holds_only_names(launch: Any, tmp_path: Path) -> None:
+    launch("launcher.cpus_per_task=2")
+    pickles = sorted((tmp_path / "outputs/sweep/simple/slurm").glob("*_submitted.pkl"))
+    assert [path.name for path in pickles] == [f"100_{index}_submitted.pkl" for index in range(4)]
+    data_dir = tmp_path / "outputs"
+    worker = Worker("simple", f"sqlite:///{data_dir}/sweeper.db", str(data_dir), 2)
+    assert {pickle.loads(path.read_bytes()).function for path in pickles} == {worker}
+
+
+def test_places_with_blanks_and_quotes_stay_one_word(launch: Any, tmp_path: Path) -> None:
+    data_dir = tmp_path / "a 'place' $(touch x)"
+    said = launch("--dry-run", f'data_dir="{data_dir}"')
+    (line,) = [line for line in said.out.splitlines() if line.startswith("srun ")]
+    words = shlex.split(line)
+    assert words[-1] == f"{data_dir}/sweep/simple/slurm"
+    assert words[words.index("--output") + 1] == f"{data_dir}/sweep/simple/slurm/%A_%a_%t_log.out"
+
+
+def test_a_worker_gets_all_cpus_that_were_asked_for(launch: Any) -> None:
+    assert "--cpus-per-task=5 " in launch("--dry-run", "launcher.cpus_per_task=5").out.partition("\nsrun ")[2]
+    assert "--cpus-per-task" not in launch("--dry-run").out.partition("\nsrun ")[2]
+
+
+# --- what is missing ---------------------------------------------------------------------------
+
+
+def squeue(data_dir: Path, *states: str) -> str:
+    return "".join(f"{state} {label(data_dir)}\n" for state in states)
+
+
+@pytest.mark.parametrize("again", [["launch"], ["resume", "simple"]])
+def test_going_on_submits_only_what_is_missing(
+    fake: Fake, sweeper: Any, launch: Any, tmp_path: Path, again: list[str]
+) -> None:
+    launch()
+    others = "RUNNING sweeper 0123456789ab\nRUNNING (null)\nPENDING\nRUNNING of my own\n"
+    over = squeue(tmp_path / "outputs", "COMPLETING", "REQUEUE_HOLD", "SPECIAL_EXIT")
+    fake.says("squeue", others + squeue(tmp_path / "outputs", "RUNNING", "PENDING") + over)
+    fake.says("sbatch", "Submitted batch job 200\n")
+    said = launch() if again == ["launch"] else sweeper(*again)
+    assert (said.code, said.out) == (EXIT_OK, "submitted 2 workers: 200_0, 200_1\n")
+    assert "#SBATCH --array=0-1%2\n" in fake.scripts()[-1]
+    asked = next(call["argv"] for call in fake.calls() if call["program"] == "squeue")
+    assert asked == ["--me", "--noheader", "--array", "--name=sweeper-simple", "--format=%T %k"]
+
+
+def test_a_single_missing_worker_is_a_job_of_its_own(fake: Fake, launch: Any, tmp_path: Path) -> None:
+    fake.says("squeue", squeue(tmp_path / "outputs", "RUNNING", "CONFIGURING", "SUSPENDED"))
+    assert launch().out == "submitted 1 workers: 100\n"
+    assert "--array" not in fake.scripts()[-1]
+
+
+@pytest.mark.parametrize("num", [4, 5])
+def test_a_launch_whose_workers_are_all_there_submits_nothing(
+    fake: Fake, launch: Any, tmp_path: Path, num: int
+) -> None:
+    fake.says("squeue", squeue(tmp_path / "outputs", *["RUNNING"] * num))
+    said = launch()
+    assert said.out == f"SLURM has {num} workers of sweep simple already; nothing was submitted\n"
+    assert (said.code, fake.scripts()) == (EXIT_OK, [])
+
+
+def test_workers_beyond_what_is_left_are_not_submitted(fake: Fake, launch: Any) -> None:
+    said = launch("sweep.n_trials=2", "launcher.n_workers=8")
+    assert said.out == "submitted 2 workers: 100_0, 100_1\n"
+    assert all("--array=0-1%2\n" in call["stdin"] for call in fake.calls() if call["argv"] == ["--test-only"])
+
+
+def test_of_a_complete_sweep_nothing_is_submitted(
+    fake: Fake, launch: Any, sweeper: Any, tmp_path: Path
+) -> None:
+    launch()
+    complete(tmp_path / "outputs")
+    before = fake.scripts()
+    said = sweeper("resume", "simple")
+    assert "sweep simple is complete" in said.err
+    assert (said.code, fake.scripts()) == (EXIT_OK, before)
+
+
+def test_workers_of_a_sweep_with_a_comment_of_its_own_are_known_again(
+    fake: Fake, launch: Any, tmp_path: Path
+) -> None:
+    comment = "+launcher.additional_parameters.comment='paid by physics'"
+    whole = f"paid by physics {label(tmp_path / 'outputs')}"
+    assert f"#SBATCH --comment='{whole}'\n" in launch("--dry-run", comment).out
+    fake.says("squeue", f"RUNNING {whole}\n" * 4)
+    assert "nothing was submitted" in launch(comment).out
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+REFUSALS = {
+    "partition": (
+        "sbatch: error: invalid partition specified: nowhere\nallocation failure: Invalid partition name specified\n",
+        "invalid partition specified: nowhere",
+    ),
+    "time limit": (
+        "allocation failure: Requested time limit is invalid (missing or exceeds some limit)\n",
+        "allocation failure: Requested time limit is invalid (missing or exceeds some limit)",
+    ),
+    "option": (
+        "sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information\n",
+        "sbatch: unrecognized option '--foo=1'; Try \"sbatch --help\" for more information",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_slurm_refuses_is_said_in_its_words_and_nothing_is_recorded(
+    fake: Fake, launch: Any, tmp_path: Path, what: str
+) -> None:
+    printed, words = REFUSALS[what]
+    fake.says("sbatch --test-only", err=printed, code=1)
+    said = launch()
+    assert (said.code, said.out) == (EXIT_CONFIG, "")
+    assert (
+        said.err
+        == f"sweeper: SLURM refuses the job: {words}. Nothing was started. Change launcher.* and launch again.\n"
+    )
+    assert num_sweeps(tmp_path / "outputs") == 0
+    assert [call["argv"] for call in fake.calls()] == [["--test-only"]]
+
+
+def test_a_submission_that_slurm_refuses_says_why(fake: Fake, launch: Any) -> None:
+    fake.says("sbatch", err="sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates accounting/QOS policy\n", code=1)  # fmt: skip
+    said = launch()
+    assert said.code == EXIT_CONFIG
+    assert (
+        "SLURM refuses the job: QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates"
+        in said.err
+    )
+
+
+def test_when_squeue_fails_nothing_is_submitted(fake: Fake, launch: Any) -> None:
+    fake.says(
+        "squeue", err="slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", code=1
+    )
+    said = launch()
+    assert (said.code, said.out) == (EXIT_CONFIG, "")
+    assert (
+        "squeue does not answer. Nothing was submitted; try again when SLURM's controller is back."
+        in said.err
+    )
+    assert fake.scripts() == []
+
+
+def test_without_slurm_another_launcher_is_advised(
+    launch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    said = launch()
+    assert said.code == EXIT_CONFIG
+    assert (
+        said.err
+        == "sweeper: launcher=slurm needs SLURM's commands: there is no sbatch on the PATH. Use launcher=local.\n"
+    )
+    assert num_sweeps(tmp_path / "outputs") == 0
+
+
+def test_a_key_that_there_is_not_is_refused_in_words_for_people(fake: Fake, launch: Any) -> None:
+    said = launch("+launcher.foo=1")
+    assert said.code == EXIT_CONFIG
+    assert said.err == (
+        "sweeper: launcher.foo is not known. What else sbatch can do is set by launcher.additional_parameters.\n"
+    )
+    assert "Did you mean launcher.partition?" in launch("--dry-run", "+launcher.partitoin=low").err
+    assert fake.calls() == []
+
+
+def refusal(tmp_path: Path, **launcher: Any) -> str:
+    """Why the sbatch file of such a launcher group is refused."""
+    group = {"cpus_per_task": 1, "tasks_per_node": 1, "nodes": 1, "additional_parameters": {}, **launcher}
+    with pytest.raises(ConfigError) as caught:
+        Submission.of("simple", group, storage="sqlite:///x.db", data_dir=tmp_path).text(1)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["job_name", "name", "teardown", "use_srun", "srun_args"])
+def test_what_the_launcher_sets_itself_cannot_be_set(tmp_path: Path, key: str) -> None:
+    assert f"launcher.{key} is not known" in refusal(tmp_path, **{key: "x"})
+
+
+@pytest.mark.parametrize("key", ["job_name", "job-name", "array"])
+def test_what_workers_are_known_by_cannot_be_set_either(tmp_path: Path, key: str) -> None:
+    assert "cannot be set" in refusal(tmp_path, additional_parameters={key: "x"})
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'launcher.partition="low\n#SBATCH --uid=0"',
+        '+launcher.comment="mine\nrm -rf x"',
+        '+launcher.additional_parameters.reservation="a\nb"',
+        'data_dir="a\nb"',
+    ],
+)
+def test_a_line_break_reaches_no_header(fake: Fake, launch: Any, tmp_path: Path, override: str) -> None:
+    said = launch(override)
+    assert (said.code, said.out) == (EXIT_CONFIG, "")
+    assert "use printable characters only" in said.err
+    assert fake.calls() == []
+    assert not list(tmp_path.rglob("sweeper.db"))
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x7f", "\u2028", "\udcff"])
+def test_control_characters_are_refused_in_names_and_values_of_options(
+    tmp_path: Path, character: str
+) -> None:
+    for options in (
+        {"comment": f"a{character}b"},
+        {"account": f"a{character}"},
+        {f"mail{character}type": "ALL"},
+    ):
+        assert "use printable characters only" in refusal(tmp_path, additional_parameters=options)
+        if character not in "\0\udcff":
+            assert "use printable characters only" in refusal(tmp_path / f"a{character}b")
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:CANARY@db/sweeper", "postgresql://me@db/sweeper?password=CANARY"]
+)
+def test_a_url_with_a_password_is_refused_with_advice(
+    fake: Fake, launch: Any, tmp_path: Path, url: str
+) -> None:
+    for mode in (["--dry-run"], []):
+        said = launch("storage=postgres", f'storage.url="{url}"', *mode)
+        assert said.code == EXIT_CONFIG
+        assert "a database URL with a password cannot be handed to SLURM jobs" in said.err
+        assert (
+            "Put the password into ~/.pgpass, or into a file that ?passfile= in storage.url names."
+            in said.err
+        )
+        assert "CANARY" not in said.out + said.err
+    assert fake.calls() == []
+    assert holding(tmp_path / "outputs", "CANARY") == []
+
+
+# --- whose directory ---------------------------------------------------------------------------
+
+
+def test_the_folder_of_pickles_is_for_its_owner_only(launch: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs/sweep/simple/slurm"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert launch().code == EXIT_OK
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def to_a_link(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    folder.symlink_to("elsewhere")
+
+
+def to_a_dangling_link(folder: Path) -> None:
+    folder.symlink_to("nowhere")
+
+
+def to_a_file(folder: Path) -> None:
+    folder.touch()
+
+
+def to_anothers(folder: Path) -> None:
+    folder.mkdir()
+    if os.getuid() != 0:
+        pytest.skip("only root can give a directory away")
+    os.chown(folder, NOBODY, NOBODY)
+
+
+@pytest.mark.parametrize("make", [to_a_link, to_a_dangling_link, to_a_file, to_anothers])
+def test_a_folder_that_is_not_ones_own_is_refused(
+    fake: Fake, launch: Any, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "outputs/sweep/simple/slurm"
+    folder.parent.mkdir(parents=True)
+    make(folder)
+    said = launch()
+    assert said.code == EXIT_CONFIG
+    assert f"{folder} is not a directory of yours" in said.err
+    assert fake.scripts() == []
+    assert not [path for path in folder.parent.rglob("*") if path.suffix in (".pkl", ".sh")]
+
+
+# --- following ---------------------------------------------------------------------------------
+
+
+def test_waiting_ends_when_slurm_has_no_worker_any_more_and_says_how_to_go_on(
+    launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "POLL_S", 0.01)
+    said = launch("--wait")
+    assert said.code == EXIT_NOT_WELL
+    assert (
+        "SLURM has no worker of simple any more, and it is not complete: python -m sweeper resume simple"
+        in said.err
+    )
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+
+def holding(folder: Path, secret: str) -> list[Path]:
+    """Files that hold a secret."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_key_of_the_environment_reaches_no_file_and_no_command_line(
+    fake: Fake, launch: Any, sweeper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "CANARY" + "0123456789abcdef" * 2)
+    assert launch("+trainer.key=${oc.env:WANDB_API_KEY}", "launcher.partition=low").code == EXIT_OK
+    assert sweeper("resume", "simple").code == EXIT_OK
+    assert len(fake.scripts()) == 2
+    assert "CANARY" not in json.dumps(fake.calls())
+    assert list((tmp_path / "outputs").rglob("*.pkl"))
+    assert holding(tmp_path / "outputs", "CANARY") == []
+
+
+@pytest.fixture
+def server(fake: Fake, tmp_path: Path) -> Iterator[str]:
+    """A PostgreSQL whose password is in ~/.pgpass; its URL names none."""
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o711)  # root's server is another user's
+        started = embedded.Server(Path(home) / "server")
+        url = started.up()
+        try:
+            shutil.copy(started.password_file, tmp_path / ".pgpass")
+            yield url.partition("?")[0]
+        finally:
+            started.down()
+
+
+@pytest.mark.slow
+def test_a_database_password_reaches_no_file_and_no_command_line(
+    fake: Fake, launch: Any, sweeper: Any, server: str, tmp_path: Path
+) -> None:
+    password = (tmp_path / ".pgpass").read_text().strip().rpartition(":")[2]
+    assert len(password) > 20
+    assert launch("storage=postgres", f"storage.url='{server}'").out.startswith("submitted 4 workers")
+    assert sweeper("--storage", server, "resume", "simple").code == EXIT_OK
+    assert password not in json.dumps(fake.calls())
+    assert holding(tmp_path / "outputs", password) == []
+    (worker, *_) = {
+        pickle.loads(path.read_bytes()).function for path in (tmp_path / "outputs").rglob("*_submitted.pkl")
+    }
+    assert worker.storage == server
+
+
+def test_make_private_raises_what_people_can_read(tmp_path: Path) -> None:
+    to_a_file(tmp_path / "slurm")
+    with pytest.raises(ConfigError, match=re.escape("Remove it, or choose another data_dir or sweep.name.")):
+        make_private(tmp_path / "slurm")
