@@ -16,7 +16,7 @@ BESIDE_FROM_BYTES = 4 << 20
 BESIDE_FROM_S = 0.05
 """A saver process costs 0.1 s once: what is saved faster than that is saved at once."""
 COMPLAIN_AFTER_S = 60.0
-HANGS_AFTER_S = 300.0
+HANGS_AFTER_S = 120.0
 HANGS_AFTER_STOP_S = 10.0
 """A saver that takes so long hangs: always, and when this attempt is asked to stop."""
 SLOW_BYTES_S = 10e6

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from sweeper import checkpoints, rundir
@@ -48,8 +49,21 @@ class _SignalLink(NoLink):
     """Signals set a flag with a reason; the loop looks at it between two steps."""
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        self._before: dict[signal.Signals, Any] = {}
         for number in signals:
-            signal.signal(number, self._on_signal)
+            try:
+                self._before[number] = signal.signal(number, self._on_signal)
+            except ValueError as error:  # not the main thread
+                raise ConfigError(
+                    "open_run cannot take signals here",
+                    why=str(error),
+                    do="Call it in the main thread, or with signals=().",
+                ) from error
+
+    def put_back(self) -> None:
+        """Give the signals back to who had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_reason = self.stop_reason or f"got {signal.Signals(number).name}"
@@ -61,6 +75,7 @@ class StandaloneRun(Run):
     ADVICE_UNFIT = "Put the script back as it was, or give it another directory."
 
     lock: Lock
+    signals: _SignalLink
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +87,7 @@ class StandaloneRun(Run):
         finally:
             self.end_savers()  # while the directory is still ours
             self.lock.release()
+            self.signals.put_back()
 
     def preempted(self, reason: str) -> Stop:
         print(f"[RUN] {self.run_id}: stopped at a checkpoint ({reason}); run it again to go on", flush=True)
@@ -103,29 +119,54 @@ def open_run(
             `interval`, `async_save`, `keep_last`, `keep_best`, `keep_every_n_steps`, `export_weights`.
 
     Raises:
-        ConfigError: There is no such setting, or no such value of it.
+        ConfigError: There is no such setting, or no such value of it; the directory cannot be written;
+            or this is one rank of several.
         SweeperError: Another process has the directory open.
     """
+    _check_alone()
     trainer = json.loads(json.dumps(dict(config or {}), default=_plain_value))
     settings = {**DEFAULTS, **checkpoint}
     check(settings, config=trainer, prefix="")
     _check_rest(seed=seed, metric=metric, direction=direction)
     run_dir = Path(directory).absolute()
     root = run_dir / rundir.CHECKPOINTS_DIR
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = Lock(run_dir)
-    epoch = rundir.largest_epoch(run_dir) + 1
-    checkpoints.clean(root, lease_epoch=epoch)
-    rundir.clean(run_dir)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = Lock(run_dir)
+        epoch = rundir.largest_epoch(run_dir) + 1
+        checkpoints.clean(root, lease_epoch=epoch)
+        rundir.clean(run_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"{run_dir} cannot be used as the directory of a run",
+            why=str(error),
+            do="Give open_run a directory that can be written, or change the permissions of this one.",
+        ) from error
     spec = Spec(
         run_dir=str(run_dir), run_id=checkpoints.run_id_inside(root), sweep="", trial=0, params={}, seed=seed,
         threads=torch.get_num_threads(), attempt=epoch, lease_epoch=epoch, config_digest="", deadline_s=math.inf,
         metric=metric, direction=direction, has_pruner=False, was_committed=False, checkpoint=settings,
     )  # fmt: skip
-    run = StandaloneRun(spec, _SignalLink(signals), config=OmegaConf.create({"trainer": trainer}))
-    run.lock = lock
+    try:
+        link = _SignalLink(signals)
+    except ConfigError:
+        lock.release()
+        raise
+    run = StandaloneRun(spec, link, config=OmegaConf.create({"trainer": trainer}))
+    run.lock, run.signals = lock, link
     prepare_process(spec)
     return run
+
+
+def _check_alone() -> None:
+    """Refuse to be one rank of several. Raises ConfigError."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    joined = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if (ranks := max(launched, joined)) > 1:
+        raise ConfigError(
+            f"open_run is for one process, and this is one of {ranks} ranks",
+            do=f"Make a function train(cfg, run) of it and start that by `sweeper launch`, with launcher.ranks_per_worker={ranks}.",
+        )
 
 
 def _check_rest(*, seed: object, metric: object, direction: object) -> None:

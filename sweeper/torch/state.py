@@ -16,6 +16,7 @@ from sweeper.checkpoints import Content
 from sweeper.errors import CheckpointRefused, ConfigError, Misfit
 from sweeper.trainer.main import is_out_of_memory
 
+_CAUSE = "WeightsUnpickler error:"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -73,9 +74,15 @@ def load(name: str, content: Content) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
-        text = _COLOURS.sub("", str(error)).strip()
-        why = text.splitlines()[0] if text else type(error).__name__
-        raise Misfit(f"{name} does not hold plain tensors", why=why[:300]) from error
+        raise Misfit(f"{name} does not hold plain tensors", why=_what_torch_says(error)) from error
+
+
+def _what_torch_says(error: Exception) -> str:
+    """The one line of torch's advice that names the cause."""
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    _, _, cause = next((line for line in lines if _CAUSE in line), "").partition(_CAUSE)
+    why = cause.strip() or (lines[0] if lines else type(error).__name__)
+    return why[:300].rstrip(". ")
 
 
 def kinds(state: Any) -> set[type]:
@@ -107,13 +114,33 @@ def check_restorable(states: Mapping[str, Any]) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            found = _culprit(state)
+            what = f"{name} holds {found}" if found else f"{name}: {type(error).__name__}: {error}"
             raise ConfigError(
                 "what was passed to resumable() could never be restored",
-                why=str(error)
-                if isinstance(error, CheckpointRefused)
-                else f"{name}: {type(error).__name__}: {error}",
+                why=what,
                 do="A state_dict may hold tensors, numbers, texts, lists and dicts; convert NumPy values with .item() or torch.from_numpy.",
             ) from error
+
+
+def _culprit(value: Any, path: str = "") -> str:
+    """The innermost thing that cannot be read back, with its path; empty if there is none."""
+    try:
+        buffer = io.BytesIO()
+        torch.save(_emptied(value), buffer)
+        load("", Content(buffer.getvalue()))
+    except Exception:  # noqa: BLE001 - whatever it is
+        items = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list | tuple)
+            else ()
+        )
+        inner = (_culprit(item, f"{path}.{key}" if path else str(key)) for key, item in items)
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return next((found for found in inner if found), f"{path or 'a state'}, a {kind}")
+    return ""
 
 
 def _emptied(value: Any) -> Any:
