@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,17 @@ def why_stopped(
     if said.get("JobState") == "RUNNING" and is_late:
         return Outcome.TIMEOUT, f"the time limit of SLURM job {job} is near"
     return Outcome.PREEMPTED, f"SLURM ends job {job}"
+
+
+def grace_s(command: Command | None = None, *, environment: Mapping[str, str] = os.environ) -> float | None:
+    """Seconds from the signal of a preemption to SIGKILL in this job's partition; None if SLURM does not say."""
+    ask = command or run
+    partition = ask(
+        ["scontrol", "show", "partition", "--oneliner", environment.get("SLURM_JOB_PARTITION", "")]
+    )
+    grace = re.search(r"\bGraceTime=(\d+)", partition or "")
+    wait = re.search(r"^KillWait\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", flags=re.MULTILINE)
+    return float(grace[1]) + float(wait[1]) if grace and wait else None
 
 
 def _seconds_to(time: str) -> float:

@@ -80,6 +80,7 @@ class Supervisor:
         stop_reason: Says why this worker should stop, or None.
         wake_fds: File descriptors whose readability must wake the loop (signals, launcher).
         tick: Called once a turn of the loop, for tracking.
+        on_save: Told how long each save took.
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class Supervisor:
         stop_reason: Callable[[], str | None],
         wake_fds: tuple[int, ...] = (),
         tick: Callable[[], None] = lambda: None,
+        on_save: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._store, self._search, self._times, self._server = store, search, times, server
         self._log, self._stop_reason, self._wake_fds, self._tick = log, stop_reason, wake_fds, tick
+        self._on_save = on_save
 
     def run(
         self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]
@@ -257,6 +260,7 @@ class Supervisor:
             self._store.check(lease)
         elif kind == "committed":
             self._store.record_checkpoint(lease, step=message["step"])
+            self._on_save(message.get("seconds", 0.0))
         elif kind == "report":
             return {"prune": self._judge(run, lease, step=message["step"], value=message["value"])}
         return {}

@@ -75,6 +75,7 @@ class Worker:
         self._stop, self._threads = stop, threads
         self._me = processes.identify()
         self._rest_until_s, self._num_refusals = 0.0, 0
+        self._grace_s: float | None = None
         self._search = Search(store, sweep)
         self._times = LeaseTimes(**sweep.config["lease"])
         self._observer = Observer(ttl_s=self._times.ttl_s, proof=proof_of_death(slurm.Jobs()))
@@ -82,6 +83,7 @@ class Worker:
         self._supervisor = Supervisor(
             store, search=self._search, times=self._times, server=server, log=log,
             stop_reason=stop.check, wake_fds=stop.fds, tick=self._show_tracking,
+            on_save=self._weigh_save if slurm.is_inside() else lambda seconds: None,
         )  # fmt: skip
 
     # --- the loop --------------------------------------------------------------------------
@@ -347,6 +349,17 @@ class Worker:
         )
         log(f"[RESUME] {run.run_id}: {ending.reason}, starting fresh as {claim.run.run_id}")
         self._handle(claim)
+
+    def _weigh_save(self, seconds: float) -> None:
+        """Say once when a save takes longer than SLURM gives to a job that is preempted."""
+        if self._grace_s is None:
+            self._grace_s = slurm.grace_s() or math.inf
+        if seconds > self._grace_s:
+            log(
+                f"[SLURM] a save took {seconds:.0f} s, and SLURM kills a preempted job after {self._grace_s:.0f} s "
+                "(GraceTime of the partition + KillWait): steps since the last checkpoint will be lost then"
+            )
+            self._grace_s = math.inf
 
     # --- tracking --------------------------------------------------------------------------
 

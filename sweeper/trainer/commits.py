@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import Any
 
 from sweeper import checkpoints, fsops, images
 from sweeper.channel import Link
-from sweeper.checkpoints import Draft
+from sweeper.checkpoints import Draft, Manifest
 from sweeper.retention import Keep, Kept
 
 
@@ -58,6 +59,7 @@ class Committer:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._began_s: float | None = None
         self.known_good: dict[int, Kept] = {}
 
     def save(self, plan: Plan, files: Mapping[str, memoryview], *, metrics_fd: int | None = None) -> None:
@@ -71,6 +73,7 @@ class Committer:
             Fenced: The run belongs to somebody else; the draft stays, a fenced process deletes nothing.
             OSError: The disk refused; older checkpoints are untouched.
         """
+        self._began_s = time.monotonic()
         draft = plan.draft()
         try:
             for name, image in files.items():
@@ -90,7 +93,7 @@ class Committer:
         manifest = checkpoints.commit(
             draft,
             check_lease=self.check_lease,
-            record=lambda manifest: checkpoints.void(self._link.ask("committed", step=manifest.step)),
+            record=self._record,
             committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self.known_good[draft.step] = checkpoints.kept(manifest)
@@ -101,6 +104,10 @@ class Committer:
             )  # fmt: skip
         except OSError as error:
             self.complain(f"older checkpoints could not be removed: {error}")
+
+    def _record(self, manifest: Manifest) -> None:
+        seconds = 0.0 if self._began_s is None else time.monotonic() - self._began_s
+        self._link.ask("committed", step=manifest.step, seconds=seconds)
 
     def check_lease(self) -> None:
         """Raise Fenced unless the lease holds at this moment."""
