@@ -25,6 +25,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError
 
 from sweeper import slurm
+from sweeper.database import database_path
 from sweeper.errors import EXIT_INTERRUPTED, EXIT_NOT_WELL, EXIT_OK, ConfigError
 from sweeper.launch.progress import Display, final_report
 from sweeper.launch.slurm_worker import Worker
@@ -260,6 +261,11 @@ def launch(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_wait
         print(f"submitted {len(jobs)} workers: {', '.join(jobs)}")
     else:
         print(f"SLURM has {num_active} workers of sweep {sweep.name} already; nothing was submitted")
+    if database_path(storage) is not None:
+        print(
+            "the database is SQLite: jobs on other machines than this one will refuse it; `sweeper db up` starts a PostgreSQL",
+            file=sys.stderr,
+        )
     status = next_command("status", sweep.name, "--watch", storage=storage, data_dir=data_dir)
     print(f"logs: {submission.folder}\nfollow with: {status}", file=sys.stderr)
     return follow(submission, storage=storage, data_dir=data_dir) if is_waiting else EXIT_OK
