@@ -167,7 +167,9 @@ def test_a_launch_returns_at_once_with_job_ids_and_where_to_look(launch: Any, tm
     said = launch("launcher.n_workers=3")
     assert (said.code, said.out) == (EXIT_OK, "submitted 3 workers: 100_0, 100_1, 100_2\n")
     folder = tmp_path / "outputs/sweep/simple/slurm"
-    assert said.err == f"logs: {folder}\nfollow with: python -m sweeper status simple --watch\n"
+    hint, *rest = said.err.splitlines()
+    assert hint.startswith("the database is SQLite: jobs on other machines than this one will refuse it")
+    assert rest == [f"logs: {folder}", "follow with: python -m sweeper status simple --watch"]
     assert num_sweeps(tmp_path / "outputs") == 1
 
 
