@@ -7,12 +7,13 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweeper import checkpoints, clock, fsops, processes
+from sweeper import checkpoints, clock, fsops, processes, slurm
 from sweeper.checkpoints import Manifest
 from sweeper.command import files
 from sweeper.command.files import NotTaken
@@ -27,6 +28,7 @@ from sweeper.trainer.run import BadValue, NoValidCheckpoint, Run, TrainingFailed
 STATE_FILE = "state.json"
 STAGE = "train"
 POLL_S = 0.1
+STOP_WAIT_S = 2.0
 MAX_COMPLAINTS = 10
 _RESERVED = frozenset({STATE_FILE, checkpoints.MANIFEST})
 _MAX_SHOWN = 200
@@ -220,11 +222,21 @@ class Attempt:
         """What an attempt has come to. Who was asked to stop may end well without having finished."""
         if self._pruned is not None:
             raise self._pruned
+        if code == 0 and not self._has_told_value and slurm.is_inside():
+            self._await_stop()
         if code == 0 and (self._stop_reason is None or self._has_told_value):
             return self._value()
         if self._stop_reason is not None:
             raise self.run.preempted(self._stop_reason)
         raise failure(code)
+
+    def _await_stop(self) -> None:
+        """SLURM's signals reach the program, too, and it may have stopped before anybody told us to."""
+        until_s = clock.awake_s() + STOP_WAIT_S
+        while self.run.stop_reason is None and clock.awake_s() < until_s:
+            self.run.poll()
+            time.sleep(POLL_S)
+        self._stop_reason = self._stop_reason or self.run.stop_reason
 
     def _value(self) -> float:
         value = self.run.last_value if self.position.value is None else self.position.value

@@ -454,6 +454,23 @@ def test_asked_to_stop_it_saves_and_is_preempted(
 
 
 @pytest.mark.slow
+def test_in_a_slurm_job_it_may_stop_before_anybody_was_told(made: list[Workers], where: Path) -> None:
+    """SLURM signals every process of a step: a program that stops well at once has not finished its training."""
+    workers = machine(made, where, "slow")
+    workers.environment["SLURM_JOB_ID"] = "4711"
+    worker = workers.worker()
+    pid = program_pid(workers)
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: processes.start_ticks(pid) is None, "the program ended")
+    worker.terminate()
+    assert worker.wait(LIMIT_S) == 75, workers.place.printed()
+    assert workers.outcomes() == ["preempted"]
+    workers.environment.clear()
+    workers.finish()
+    assert workers.outcomes() == ["preempted", "completed"]
+
+
+@pytest.mark.slow
 def test_one_that_does_not_stop_is_killed_and_preempted(made: list[Workers], where: Path) -> None:
     workers = Workers(
         new_place(where, args={"act": "deaf", "at": 5, "steps": 500, "every": 300}, trainer={"grace_s": 0.3})
