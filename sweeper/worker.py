@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sweeper import __version__, checkpoints, clock, processes, recovery, rundir, slurm
+from sweeper import __version__, checkpoints, clock, manifests, processes, recovery, rundir, slurm
 from sweeper.config import changes, for_run, to_yaml
 from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperError
 from sweeper.observer import Observer, proof_of_death
@@ -243,7 +243,7 @@ class Worker:
         config = to_yaml(for_run(self._sweep.config, run.params))
         identity = Identity(
             run_id=run.run_id, sweep=self._sweep.name, number=run.number, trial=run.trial, params=run.params,
-            seed=run.seed, threads=run.threads, wandb_run_id=run.wandb_run_id, config_digest=checkpoints.digest(config),
+            seed=run.seed, threads=run.threads, wandb_run_id=run.wandb_run_id, config_digest=manifests.digest(config),
             code_version=__version__, created_at=_now(), replaces=run.replaces, retry_of=run.retry_of,
         )  # fmt: skip
         rundir.create(run_dir, identity, config=config, overrides=rundir.overrides_yaml(run.params))

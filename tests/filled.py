@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sweeper import checkpoints, processes, rundir, schema
+from sweeper import checkpoints, manifests, processes, rundir, schema
 from sweeper.checkpoints import void
 from sweeper.records import ProcessId
 
@@ -102,7 +102,7 @@ class Filled:
             seed=7,
             threads=1,
             wandb_run_id=f"{run_id}.abcdef01",
-            config_digest=checkpoints.digest(CONFIG),
+            config_digest=manifests.digest(CONFIG),
             code_version="test",
             created_at="2025-01-31T12:00:00Z",
         )
@@ -133,7 +133,7 @@ def commit_checkpoint(run_dir: Path, *, step: int, lease_epoch: int = 1, weights
         lease_epoch=lease_epoch,
         lineage=((lease_epoch, 0),),
         parent_step=None,
-        config_digest=checkpoints.digest(CONFIG),
+        config_digest=manifests.digest(CONFIG),
     )
     draft.add_bytes(weights, b"weights of step %d" % step)
     checkpoints.commit(

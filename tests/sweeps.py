@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import sqlalchemy as sa
 
-from sweeper import checkpoints, processes, rundir
+from sweeper import manifests, processes, rundir
 from sweeper.config import for_run, to_yaml
 from sweeper.records import Claim, Ending, Lease, NewSweep, Run, Suspect, Sweep
 from sweeper.rundir import Identity
@@ -154,7 +154,7 @@ def create_directory(sweep: Sweep, run: Run, data_dir: Any) -> Any:
     config = to_yaml(for_run(sweep.config, run.params))
     identity = Identity(
         run_id=run.run_id, sweep=sweep.name, number=run.number, trial=run.trial, params=run.params, seed=run.seed,
-        threads=run.threads, wandb_run_id=run.wandb_run_id, config_digest=checkpoints.digest(config),
+        threads=run.threads, wandb_run_id=run.wandb_run_id, config_digest=manifests.digest(config),
         code_version="test", created_at="2026-01-31T12:00:00Z", replaces=run.replaces, retry_of=run.retry_of,
     )  # fmt: skip
     rundir.create(run_dir, identity, config=config, overrides=rundir.overrides_yaml(run.params))

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweeper import checkpoints, clock, fsops, processes, slurm
-from sweeper.checkpoints import Manifest
+from sweeper import checkpoints, clock, fsops, manifests, processes, slurm
 from sweeper.command import files
 from sweeper.command.files import NotTaken
 from sweeper.command.program import Program
 from sweeper.command.protocol import OK, REFUSED, BadLine, Ready, Result, Row, Said, parse
 from sweeper.command.settings import Command
 from sweeper.errors import CheckpointRefused
+from sweeper.manifests import Manifest
 from sweeper.recovery import signal_outcome
 from sweeper.states import Outcome
 from sweeper.trainer.run import BadValue, NoValidCheckpoint, Run, TrainingFailed, TrialPruned, in_attempt
@@ -30,7 +30,7 @@ STAGE = "train"
 POLL_S = 0.1
 STOP_WAIT_S = 2.0
 MAX_COMPLAINTS = 10
-_RESERVED = frozenset({STATE_FILE, checkpoints.MANIFEST})
+_RESERVED = frozenset({STATE_FILE, manifests.MANIFEST})
 _MAX_SHOWN = 200
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import checkpoints
-from sweeper.checkpoints import Content, Manifest
+from sweeper.checkpoints import Content
 from sweeper.errors import CheckpointRefused, ConfigError, Misfit
+from sweeper.manifests import Manifest
 from sweeper.torch.ranks import Kind, Refusal
 from sweeper.torch.state import load
 from sweeper.torch.training import OPTIMIZER_FILE, STATE_FILE, Training, saved_ranks, unfit

@@ -13,7 +13,8 @@ from typing import Any
 
 from sweeper import checkpoints, fsops, images
 from sweeper.channel import Link
-from sweeper.checkpoints import Draft, Manifest
+from sweeper.checkpoints import Draft
+from sweeper.manifests import Manifest
 from sweeper.retention import Keep, Kept
 
 

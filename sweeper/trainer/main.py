@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sweeper import checkpoints, processes, rundir
+from sweeper import manifests, processes, rundir
 from sweeper.channel import Channel, ChannelClosed, Message, WorkerLink
 from sweeper.errors import EXIT_FENCED, EXIT_RELEASED, CheckpointError, ConfigError, Fenced
 from sweeper.trainer.run import (
@@ -191,7 +191,7 @@ def load_training(spec: Spec) -> tuple[Callable[[Any, Run], object], Any]:
     from omegaconf import OmegaConf
 
     data = rundir.read_bytes(Path(spec.run_dir) / rundir.CONFIG_FILE)
-    if checkpoints.digest(data) != spec.config_digest:
+    if manifests.digest(data) != spec.config_digest:
         raise ConfigError(
             f"config.yaml of run {spec.run_id} was changed", do="Restore it, or cancel and retry the run."
         )

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from sweeper import processes
 from sweeper.channel import Channel, ChannelClosed, Message, NoLink
-from sweeper.checkpoints import Manifest
+from sweeper.manifests import Manifest
 from sweeper.trainer import main as trainer_main
 from sweeper.trainer import nodes
 from sweeper.trainer.run import Run, Spec, in_attempt

@@ -11,8 +11,9 @@ from typing import Any
 
 from sweeper import checkpoints, clock, rundir
 from sweeper.channel import Link
-from sweeper.checkpoints import Content, Draft, Manifest
+from sweeper.checkpoints import Content, Draft
 from sweeper.errors import ConfigError, SweeperError
+from sweeper.manifests import Manifest
 from sweeper.records import Params
 from sweeper.tracking.metrics import MetricsLog
 from sweeper.trainer.commits import Committer, Plan

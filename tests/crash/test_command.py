@@ -15,7 +15,7 @@ from crash import mini
 from crash.mini import KillAt, Place, finish, kind_of, was_killed
 from workers import LIMIT_S, Workers, until
 
-from sweeper import checkpoints, processes, rundir
+from sweeper import checkpoints, manifests, processes, rundir
 
 PROGRAM = Path(__file__).with_name("program.py")
 STEPS, EVERY = 8, 3
@@ -37,7 +37,7 @@ def at_the_end(place: Place) -> dict[str, Any]:
     end = mini.final(place)
     assert end.problems == []
     (_, newest), *_ = checkpoints.steps_on_disk(place.root())
-    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != checkpoints.MANIFEST}
+    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != manifests.MANIFEST}
     return {"files": files, "metrics": end.metrics, "value": end.value, "state": end.state, "step": end.step}
 
 

@@ -31,7 +31,7 @@ from crash.mini import (
     work,
 )
 
-from sweeper import observer, processes, worker
+from sweeper import manifests, observer, processes, worker
 from sweeper.errors import Fenced
 from sweeper.records import Death
 from sweeper.retention import Keep, Kept
@@ -174,7 +174,7 @@ def test_a_woken_superseder_changes_nothing_wherever_it_was_stopped(
 # --- the occupied name -----------------------------------------------------------------------
 
 
-def draft(root: Path, *, epoch: int, step: int = 4, lineage: checkpoints.Lineage = ()) -> checkpoints.Draft:
+def draft(root: Path, *, epoch: int, step: int = 4, lineage: manifests.Lineage = ()) -> checkpoints.Draft:
     made = checkpoints.Draft(root, FIRST_RUN, step, epoch, lineage or ((epoch, 0),), None, "config")
     made.add_bytes("model.pth", b"weights of epoch %d" % epoch)
     return made
@@ -207,7 +207,7 @@ def test_a_name_taken_by_an_older_owner_is_taken_from_it(tmp_path: Path) -> None
 
 def test_a_damaged_directory_in_the_way_is_replaced(tmp_path: Path) -> None:
     commit(draft(tmp_path, epoch=1))
-    damage(tmp_path / "step_00000004", checkpoints.MANIFEST, at=20)
+    damage(tmp_path / "step_00000004", manifests.MANIFEST, at=20)
     commit(draft(tmp_path, epoch=2))
     assert epoch_on_disk(tmp_path) == 2
 

@@ -26,7 +26,7 @@ from crash.mini import (
     kind_of,
 )
 
-from sweeper import rundir
+from sweeper import manifests, rundir
 
 KEEP_LAST = 3
 
@@ -107,7 +107,7 @@ def test_all_damaged_is_a_fresh_run_of_the_same_trial(
 ) -> None:
     place = at_seven.copy(where)
     for step in (5, 6, 7):
-        damage(place.root() / checkpoints.step_name(step), checkpoints.MANIFEST)
+        damage(place.root() / checkpoints.step_name(step), manifests.MANIFEST)
     assert finish(place) == 0
     assert long[2].differs(final(place)) is None
     rows = place.rows(
@@ -167,7 +167,7 @@ def test_a_pickle_bomb_with_a_correct_manifest_does_not_go_off(
 ) -> None:
     place = at_seven.copy(where)
     crater = fast_dir / "crater"
-    true = checkpoints.read_manifest(place.root() / "step_00000007")
+    true = manifests.read_manifest(place.root() / "step_00000007")
     made = checkpoints.Draft(place.root(), FIRST_RUN, 8, 1, true.lineage, None, true.config_digest)
     for file in true.files:
         genuine = (place.root() / "step_00000007" / file).read_bytes()
@@ -192,7 +192,7 @@ def linked_file(step: Path) -> None:
 
 
 def huge_manifest(step: Path) -> None:
-    os.truncate(step / checkpoints.MANIFEST, 200 << 20)
+    os.truncate(step / manifests.MANIFEST, 200 << 20)
 
 
 def older_one_under_its_name(step: Path) -> None:
@@ -255,7 +255,7 @@ def test_another_runs_checkpoint_copied_in_is_refused(
     at_seven: Place, long: tuple[Place, Trace, Final], where: Path
 ) -> None:
     place = at_seven.copy(where)
-    true = checkpoints.read_manifest(place.root() / "step_00000007")
+    true = manifests.read_manifest(place.root() / "step_00000007")
     made = checkpoints.Draft(place.root(), "mini.r.00009", 8, 1, true.lineage, None, true.config_digest)
     for file in true.files:
         made.add_bytes(file, (place.root() / "step_00000007" / file).read_bytes())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sweeps
 
-from sweeper import checkpoints, processes, rebuild, restored, rundir, worker
+from sweeper import checkpoints, manifests, processes, rebuild, restored, rundir, worker
 from sweeper.checkpoints import void
 from sweeper.config import to_yaml
 from sweeper.database import database_path
@@ -417,7 +417,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 def reconfigure(run_dir: Path, data: bytes) -> None:
     """Put another config.yaml in place, with run.json agreeing to it."""
     (run_dir / rundir.CONFIG_FILE).write_bytes(data)
-    rewrite(run_dir / rundir.RUN_FILE, config_digest=checkpoints.digest(data))
+    rewrite(run_dir / rundir.RUN_FILE, config_digest=manifests.digest(data))
 
 
 def change_config(run_dir: Path, change: Callable[[dict[str, Any]], object]) -> None:

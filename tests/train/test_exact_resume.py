@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from sweeper import checkpoints, processes, rundir
+from sweeper import checkpoints, manifests, processes, rundir
 from sweeper.channel import Message
 from sweeper.errors import ConfigError
 from sweeper.torch import Run, resumable
@@ -186,7 +186,7 @@ def new_run(directory: Path, *, lease_epoch: int = 1, **trainer: Any) -> Run:
     cfg = OmegaConf.create({"trainer": trainer})
     spec = Spec(
         run_dir=str(directory), run_id=directory.name, sweep="fit", trial=0, params={}, seed=3, threads=1,
-        attempt=lease_epoch, lease_epoch=lease_epoch, config_digest=checkpoints.digest(OmegaConf.to_yaml(cfg).encode()),
+        attempt=lease_epoch, lease_epoch=lease_epoch, config_digest=manifests.digest(OmegaConf.to_yaml(cfg).encode()),
         deadline_s=float("inf"), metric="loss", direction="minimize", has_pruner=False, was_committed=False,
         checkpoint={"every_n_steps": 1, "every_s": None, "keep_last": 3},
     )  # fmt: skip

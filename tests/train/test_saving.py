@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sweeper import checkpoints, fsops
+from sweeper import checkpoints, fsops, manifests
 from sweeper.errors import CheckpointError, ConfigError, SweeperError
 from sweeper.torch import Preempted, Run, find_latest, resumable, saves
 from sweeper.torch.loop import Loop
@@ -222,8 +222,8 @@ def test_both_ways_have_the_same_bytes(directory: Path, beside: None) -> None:
     for run in runs:
         go(run)
     one, other = (run.checkpoints_dir / checkpoints.step_name(STEPS) for run in runs)
-    assert [path.read_bytes() for path in sorted(one.iterdir()) if path.name != checkpoints.MANIFEST] == [
-        path.read_bytes() for path in sorted(other.iterdir()) if path.name != checkpoints.MANIFEST
+    assert [path.read_bytes() for path in sorted(one.iterdir()) if path.name != manifests.MANIFEST] == [
+        path.read_bytes() for path in sorted(other.iterdir()) if path.name != manifests.MANIFEST
     ]
 
 
@@ -240,8 +240,7 @@ def test_a_step_that_is_asked_for_is_saved_itself(
     go(run, lambda loop: loop.save(pin=True) if loop.step in pinned else None)
     assert steps(run) == [12, 6, 3, 2]
     flags = [
-        checkpoints.read_manifest(path).is_pinned
-        for _, path in checkpoints.steps_on_disk(run.checkpoints_dir)
+        manifests.read_manifest(path).is_pinned for _, path in checkpoints.steps_on_disk(run.checkpoints_dir)
     ]
     assert flags == [False, True, True, True]
 
@@ -261,7 +260,7 @@ def test_a_pinned_save_that_was_refused_pins_the_next_one(
     go(run, lambda loop: loop.save(pin=True) if loop.step == 2 else None)
     assert "step 2 could not be saved" in link(run).said("complaint")[0]["text"]
     found = {
-        step: checkpoints.read_manifest(path).is_pinned
+        step: manifests.read_manifest(path).is_pinned
         for step, path in checkpoints.steps_on_disk(run.checkpoints_dir)
     }
     assert [step for step, is_pinned in found.items() if is_pinned] == [min(found)]
@@ -274,7 +273,7 @@ def test_the_last_step_is_pinned_after_it_was_saved(directory: Path) -> None:
     loop.save(pin=True)
     run.finish()
     ((_, newest),) = checkpoints.steps_on_disk(run.checkpoints_dir)
-    assert checkpoints.read_manifest(newest).is_pinned
+    assert manifests.read_manifest(newest).is_pinned
     assert find_latest(directory) == newest
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from sweeper import checkpoints, fsops
-from sweeper.checkpoints import MANIFEST, Draft, Manifest
+from sweeper import checkpoints, fsops, manifests
+from sweeper.checkpoints import Draft
 from sweeper.errors import CheckpointRefused, Fenced
+from sweeper.manifests import MANIFEST, Manifest
 from sweeper.retention import Keep, Kept
 
 RUN = "simple.r.00003"
@@ -217,8 +218,8 @@ def forge(directory: Path, changes: dict[str, Any]) -> None:
     """Write a manifest that agrees with its own digest, whatever nonsense it says."""
     body = json.loads((directory / MANIFEST).read_text()) | changes
     del body["manifest_digest"]
-    body["manifest_digest"] = checkpoints.digest(checkpoints._canonical(body))
-    (directory / MANIFEST).write_bytes(checkpoints._canonical(body))
+    body["manifest_digest"] = manifests.digest(manifests._canonical(body))
+    (directory / MANIFEST).write_bytes(manifests._canonical(body))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_a_forged_manifest_is_refused_not_obeyed(step: Path, changes: dict[str, 
 
 def test_a_manifest_is_read_back_as_it_was_written() -> None:
     manifest = Manifest(RUN, 7, 2, ((1, 0), (2, 5)), 5, "config", 4, {"model.pth": (3, "abc")})
-    read = checkpoints.parse_manifest(manifest.to_bytes())
+    read = manifests.parse_manifest(manifest.to_bytes())
     assert read.body() == manifest.body()
     assert read.to_bytes() == manifest.to_bytes()
 
@@ -305,7 +306,7 @@ def test_the_order_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_pointer_says_what_was_committed(step: Path) -> None:
     pointer = json.loads((step.parent / checkpoints.POINTER).read_text())
-    manifest = checkpoints.read_manifest(step)
+    manifest = manifests.read_manifest(step)
     assert pointer == {
         "schema_version": 1,
         "run_id": RUN,
@@ -360,7 +361,7 @@ def test_what_is_written_in_pieces_is_written_whole(tmp_path: Path, size: int) -
     made.add("model.pth", write)
     expected = b"".join(data[start : start + size] + b"|" for start in range(0, len(data), size))
     assert (made.directory / "model.pth").read_bytes() == expected
-    assert made.files["model.pth"] == (len(expected), checkpoints.digest(expected))
+    assert made.files["model.pth"] == (len(expected), manifests.digest(expected))
     assert is_valid(commit(made))
 
 
@@ -401,7 +402,7 @@ def test_what_was_moved_aside_comes_back_when_the_second_rename_fails(step: Path
     with pytest.raises(OSError, match="Input/output"):
         commit(made)
     assert renames[0] == renames[2] == step.name
-    assert checkpoints.read_manifest(step).lease_epoch == 1
+    assert manifests.read_manifest(step).lease_epoch == 1
 
 
 # --- finding ------------------------------------------------------------------------------------
@@ -555,7 +556,7 @@ def test_a_late_rename_finds_nothing_left_to_rename(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         checkpoints.commit(late, check_lease=stopped_here, record=lambda _: None, committed_at="now")
-    assert checkpoints.read_manifest(tmp_path / "step_00000004").lease_epoch == 2
+    assert manifests.read_manifest(tmp_path / "step_00000004").lease_epoch == 2
 
 
 def test_was_ever_committed(tmp_path: Path) -> None:

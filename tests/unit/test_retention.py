@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sweeper import checkpoints
+from sweeper import checkpoints, manifests
 from sweeper.checkpoints import Draft
 from sweeper.retention import Keep, Kept, doomed
 
@@ -120,7 +120,7 @@ def test_a_run_that_is_interrupted_and_damaged_keeps_what_the_rules_say(data: st
         for step in range(1, 13):
             value = data.draw(st.none() | st.floats(0, 1))
             commit(root, step, value=value, is_pinned=data.draw(st.integers(0, 5)) == 0)
-            found = checkpoints.kept(checkpoints.read_manifest(root / checkpoints.step_name(step)))
+            found = checkpoints.kept(manifests.read_manifest(root / checkpoints.step_name(step)))
             everything[step] = known[step] = found
             if data.draw(st.integers(0, 3)) == 0:
                 known = {}  # another attempt
