@@ -128,13 +128,13 @@ def _has_tag(pid: int, tag: str) -> bool:
     return f"{ATTEMPT_VARIABLE}={tag}".encode() in environment.split(b"\0")
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to SIGKILL this process when its parent ends; end now if it already has.
+def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process a signal when its parent ends; end now if it already has.
 
     HAZARD: the signal comes when the *thread* that created this process ends, so create
     processes from the main thread. Source: prctl(2), PR_SET_PDEATHSIG.
     """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent_pid:
         os._exit(1)
 

@@ -7,6 +7,7 @@ and the run directories.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Worker:
 
     def __call__(self) -> None:
         """Replace submitit's process: its signal handlers and its pickles have no part in a run."""
+        from sweeper import processes
         from sweeper.slurm import worker_name
 
         environment = {
@@ -35,6 +37,8 @@ class Worker:
             "SWEEPER_DATA_DIR": self.data_dir,
             "SWEEPER_THREADS": str(self.threads),
         }
+        # HAZARD: without its step daemon SLURM would call the job over while we trained on. Lasts over exec.
+        processes.die_with_parent(os.getppid(), by=signal.SIGTERM)
         sys.stdout.flush()
         sys.stderr.flush()
         argv = [sys.executable, "-m", "sweeper", "worker", self.sweep, "--name", worker_name()]
