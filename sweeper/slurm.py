@@ -141,6 +141,9 @@ class Jobs:
         job = self._jobs.get(owner.slurm_job_id)
         if job is None or job.restarts < owner.slurm_restarts:
             return None
+        # HAZARD: a requeue counts as a restart from its first signal on; until the last, the old tasks live.
+        if job.state == "COMPLETING" and not is_gone:
+            return None
         state: str | None = job.state
         if job.restarts > owner.slurm_restarts:
             state = self._state_of_earlier(owner)

@@ -66,8 +66,13 @@ def test_everything_that_can_happen_in_one_sweep(testbed: Testbed, tmp_path: Pat
     assert sweep.violations() == []
     assert [row["trial"] for row in sweep.runs()] == list(range(NUM_TRIALS))
     assert sweep.weights() == expected
-    assert dict(sweep.outcomes()) == {"completed": NUM_TRIALS, "preempted": 4, "timeout": 1, "lost": 3}
+    outcomes = dict(sweep.outcomes())
+    # The fourth, if SLURM's KILL for the step that died with the node comes late, to the step of its requeue.
+    assert outcomes.pop("lost") in (3, 4)
+    assert outcomes == {"completed": NUM_TRIALS, "preempted": 4, "timeout": 1}
     reasons = {row["reason"] for row in sweep.attempts() if row["outcome"] == "preempted"}
     assert len([reason for reason in reasons if reason.endswith("is preempted")]) == 3
-    assert len([reason for reason in reasons if reason.startswith("SLURM ends job")]) == 1
+    # The second, if the requeue came before the training's first step and was over before it.
+    requeues = ("SLURM ends job", "its SLURM job")
+    assert len([reason for reason in reasons if reason.startswith(requeues)]) == 1
     assert not list(sweep.data_dir.rglob("*.incomplete"))

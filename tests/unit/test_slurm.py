@@ -184,6 +184,14 @@ def test_a_job_that_was_requeued_since_is_over_as_sacct_says_it_ended(state: str
     assert death(cluster) == Death(f"its SLURM job 7 is {state}", Outcome.PREEMPTED)
 
 
+@pytest.mark.parametrize("state", ["REQUEUED", "PREEMPTED"])
+def test_a_job_that_is_being_requeued_has_processes_left_though_sacct_calls_it_over(state: str) -> None:
+    cluster = Cluster(squeue(("7", "COMPLETING", 1)), f"7|{state}\n")  # 22.05, for as long as KillWait
+    assert death(cluster) is None
+    gone = Jobs(cluster).death(owner("7"), is_gone=True)
+    assert gone == Death(f"its SLURM job 7 is {state}", Outcome.PREEMPTED)
+
+
 @pytest.mark.parametrize("state", ["NODE_FAIL", "BOOT_FAIL", "RUNNING"])
 def test_a_requeue_after_a_lost_node_proves_nothing(state: str) -> None:
     assert death(Cluster(squeue(("7", "RUNNING", 1)), f"7|{state}\n7|RUNNING\n")) is None
