@@ -146,7 +146,7 @@ class Jobs:
             return None
         state: str | None = job.state
         if job.restarts > owner.slurm_restarts:
-            state = self._state_of_earlier(owner)
+            state = self._state_of_earlier(owner, of=job.restarts + 1)
         if state not in _OVER:
             return None
         return Death(f"its SLURM job {owner.slurm_job_id} is {state}", _OVER[state])
@@ -161,8 +161,11 @@ class Jobs:
         self._jobs = parse_squeue(answer or "")
         self._earlier.clear()
 
-    def _state_of_earlier(self, owner: ProcessId) -> str | None:
-        """How a job's run ended that was followed by a requeue. `sacct` lags a second or more behind."""
+    def _state_of_earlier(self, owner: ProcessId, *, of: int) -> str | None:
+        """How a job's run ended that was followed by a requeue. `sacct` lags a second or more behind.
+
+        It may tell of more than the `of` runs there were: of an older job that had the same number.
+        """
         job_id = owner.slurm_job_id
         if job_id not in self._earlier:
             command = [
@@ -176,7 +179,7 @@ class Jobs:
             answer = self._command([*command, "--format=JobIDRaw,State"])
             self._earlier[job_id] = parse_sacct(answer or "", job_id)
         states = self._earlier[job_id]
-        return states[owner.slurm_restarts] if owner.slurm_restarts < len(states) else None
+        return states[owner.slurm_restarts] if owner.slurm_restarts < len(states) <= of else None
 
 
 def parse_squeue(text: str) -> dict[str, Job]:

@@ -202,6 +202,11 @@ def test_a_requeue_of_which_sacct_does_not_know_proves_nothing(sacct: str | None
     assert death(Cluster(squeue(("7", "PENDING", 1)), sacct)) is None
 
 
+def test_an_older_job_of_the_same_number_proves_nothing() -> None:
+    """SLURM's numbers begin anew one day; sacct then tells of runs that were never this job's."""
+    assert death(Cluster(squeue(("7", "RUNNING", 1)), "7|CANCELLED\n7|REQUEUED\n7|RUNNING\n")) is None
+
+
 def test_each_run_of_a_job_is_told_apart_by_its_restarts() -> None:
     cluster = Cluster(squeue(("7", "RUNNING", 3)), "7|REQUEUED\n7|NODE_FAIL\n7|TIMEOUT\n7|RUNNING\n")
     jobs = Jobs(cluster)
