@@ -27,6 +27,8 @@ from sweeper.launch import slurm as launching
 from sweeper.launch.slurm import Submission, make_private
 from sweeper.launch.slurm_worker import Worker
 
+pytestmark = pytest.mark.slow  # Hydra composes once a test
+
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden.sbatch"
 PROGRAMS = ("sbatch", "squeue", "sacct", "scontrol", "srun", "scancel")

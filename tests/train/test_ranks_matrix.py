@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sweeper import checkpoints, rundir
 from sweeper.torch import Run
 
+pytestmark = pytest.mark.slow
+
 BATCHES = 3 * 5
 """Three epochs of 19 samples, two a batch and rank."""
 KILL_POINTS = [(at % 2, at) for at in range(1, BATCHES + 1)] + [(1 - at % 2, at) for at in range(3, 13, 2)]
