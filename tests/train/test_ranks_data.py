@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from sweeper.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> None:

@@ -19,6 +19,8 @@ from sweeper.errors import ConfigError
 from sweeper.torch import Run, resumable
 from sweeper.trainer.run import NoValidCheckpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

@@ -20,6 +20,8 @@ from sweeper import checkpoints
 from sweeper.errors import ConfigError
 from sweeper.torch import Preempted, Run, resumable, sharded
 
+pytestmark = pytest.mark.slow
+
 WORLD = {"fsdp": 2, "plain": 1}
 
 
