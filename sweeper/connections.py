@@ -96,9 +96,10 @@ class Database:
         """How long a worker that found nothing waits at most before it asks again; a server has many to answer."""
         return 0.2 if self._path is not None else 2.0
 
-    def rest(self) -> None:
+    def rest(self, *, after_s: float | None = None) -> None:
         """Give the server its connection back when it was not used for a while; the next use makes one."""
-        if self._path is None and clock.awake_s() - self._used_s > IDLE_S:
+        unused_s = clock.awake_s() - self._used_s
+        if self._path is None and unused_s > (IDLE_S if after_s is None else after_s):
             self._engine.dispose()
 
     @contextlib.contextmanager

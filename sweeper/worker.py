@@ -104,6 +104,8 @@ class Worker:
             elif self._is_finished():
                 return EXIT_OK
             else:
+                if pause_s >= self._store.idle_poll_s:
+                    self._store.rest(after_s=0.0)
                 self._stop.wait(pause_s)
                 pause_s = min(2 * pause_s, self._store.idle_poll_s)
         log(f"[WORKER] {self._name}: released ({self._stop.reason})")

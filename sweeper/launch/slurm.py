@@ -276,13 +276,21 @@ def follow(submission: Submission, *, storage: str, data_dir: Path) -> int:
     sweep = submission.sweep
     try:
         with Display(sweep, storage=storage) as display:
-            while not _is_complete(sweep, storage):
-                if submission.num_active() == 0 and not _is_complete(sweep, storage):
-                    again = next_command("resume", sweep, storage=storage, data_dir=data_dir)
-                    display.line(
-                        f"[LAUNCH] SLURM has no worker of {sweep} any more, and it is not complete: {again}"
-                    )
-                    return EXIT_NOT_WELL
+            said = ""
+            while True:
+                try:
+                    if _is_complete(sweep, storage):
+                        break
+                    if submission.num_active() == 0 and not _is_complete(sweep, storage):
+                        again = next_command("resume", sweep, storage=storage, data_dir=data_dir)
+                        display.line(
+                            f"[LAUNCH] SLURM has no worker of {sweep} any more, and it is not complete: {again}"
+                        )
+                        return EXIT_NOT_WELL
+                except ConfigError as error:  # controller or database are away: the workers are not
+                    if error.what != said:
+                        said = error.what
+                        display.line(f"[LAUNCH] {said}; asked again each {POLL_S:g} s")
                 display.refresh()
                 time.sleep(POLL_S)
     except KeyboardInterrupt:

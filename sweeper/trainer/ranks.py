@@ -76,7 +76,6 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="sweeper-ranks-") as directory:
         os.environ[SOCKET_VARIABLE] = f"{directory}/rank0"
         os.environ[processes.ATTEMPT_VARIABLE] = in_attempt(spec.run_dir, spec.lease_epoch)
-        handover = _Handover(os.environ[SOCKET_VARIABLE], request.encode(), fds)
         is_alone, per_node = spec.num_nodes == 1, spec.num_ranks // spec.num_nodes
         address = "127.0.0.1" if is_alone else nodes.here()
         endpoint = f"{address}:{0 if is_alone else nodes.free_port()}"
@@ -84,6 +83,9 @@ def main(argv: list[str]) -> int:
         others = None
         if not is_alone:
             others = nodes.start_others(endpoint, run_id, num_nodes=spec.num_nodes, ranks_per_node=per_node)
+        handover = _Handover(
+            os.environ[SOCKET_VARIABLE], request.encode(), fds
+        )  # a thread: after all forks of ours
         try:
             torchrun.main(
                 nodes.torchrun_arguments(

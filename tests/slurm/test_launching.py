@@ -527,3 +527,25 @@ def test_make_private_raises_what_people_can_read(tmp_path: Path) -> None:
     to_a_file(tmp_path / "slurm")
     with pytest.raises(ConfigError, match=re.escape("Remove it, or choose another data_dir or sweep.name.")):
         make_private(tmp_path / "slurm")
+
+
+def test_following_outlives_a_controller_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Silence of squeue is no end of the workers; only its word is."""
+    answers = iter([None, None, "RUNNING label\n", ""])
+    monkeypatch.setattr(launching.slurm, "run", lambda command: next(answers))
+    monkeypatch.setattr(launching, "_is_complete", lambda sweep, storage: False)
+    monkeypatch.setattr(launching, "POLL_S", 0.0)
+    monkeypatch.setattr(launching.Display, "refresh", lambda self: None)  # there is no database to show
+    storage = f"sqlite:///{tmp_path}/sweeper.db"
+    submission = Submission("simple", {}, tmp_path, Worker("simple", storage, str(tmp_path), 1))
+    assert launching.follow(submission, storage=storage, data_dir=tmp_path) == EXIT_NOT_WELL
+    said = capfd.readouterr().err
+    assert said.count("squeue does not answer; asked again") == 1
+    assert "SLURM has no worker of simple any more" in said
+
+
+def test_the_script_to_submit_by_hand_ends_as_ours_do() -> None:
+    by_hand = (Path(launching.__file__).parents[2] / "slurm" / "worker.sbatch").read_text()
+    assert by_hand.endswith(launching.AFTERWARDS)

@@ -275,6 +275,26 @@ def test_our_sessions_bound_what_a_dead_client_can_hold(on_server: str) -> None:
     }
 
 
+def test_who_rests_holds_no_connection(on_server: str) -> None:
+    store = Store(on_server)
+    database = make_url(on_server).database
+    with psycopg.connect(on_server.replace(f"/{database}?", "/sweeper?"), autocommit=True) as watching:
+
+        def held() -> int:
+            row = watching.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname=%s", [database]
+            ).fetchone()
+            return int(row[0]) if row else 0
+
+        store.rest()
+        assert held() == 1, "it was used just now"
+        store.rest(after_s=0.0)
+        while held():  # the server's process takes a moment to end
+            pass
+    assert store.find_sweep("simple") is None
+    store.close()
+
+
 def test_200_workers_share_fewer_connections(
     own_server: embedded.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from sweeper.observer import Observer, proof_of_death
 from sweeper.records import Death, ProcessId, Suspect
 from sweeper.slurm import ASK_EVERY_S, Job, Jobs, parse_sacct, parse_squeue, why_stopped, worker_name
 from sweeper.states import Outcome
+from sweeper.worker import Worker
 
 # As the testbed's SLURM 22.05.8 printed it: an array 1 of three, whose member 1_1 (job 3) was requeued.
 SQUEUE_22_05 = """\
@@ -448,3 +449,33 @@ def test_a_command_that_hangs_is_no_answer_and_is_not_waited_for(
     began = time.monotonic()
     assert slurm.run(["squeue"]) is None
     assert time.monotonic() - began < 10.0
+
+
+# --- the grace ---------------------------------------------------------------------------------
+
+PARTITION = "PartitionName=low AllowGroups=ALL GraceTime=5 PreemptMode=REQUEUE State=UP\n"
+CONFIG = "KillOnBadExit           = 0\nKillWait                = 3 sec\nSLURM_VERSION           = 22.05.8\n"
+
+
+@pytest.mark.parametrize(
+    ("partition", "config", "expected"),
+    [(PARTITION, CONFIG, 8.0), (None, CONFIG, None), (PARTITION, None, None)],
+)
+def test_the_grace_is_that_of_the_partition_and_the_wait_before_the_kill(
+    partition: str | None, config: str | None, expected: float | None
+) -> None:
+    def answer(command: Sequence[str]) -> str | None:
+        return partition if "partition" in command else config
+
+    assert slurm.grace_s(answer, environment={"SLURM_JOB_PARTITION": "low"}) == expected
+
+
+def test_a_save_that_takes_longer_than_the_grace_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm, "grace_s", lambda: 8.0)
+    worker = Worker.__new__(Worker)
+    worker._grace_s = None
+    for seconds in (7.9, 12.0, 13.0):
+        worker._weigh_save(seconds)
+    assert capfd.readouterr().err.count("a save took 12 s, and SLURM kills a preempted job after 8 s") == 1
