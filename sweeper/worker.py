@@ -30,6 +30,7 @@ from sweeper.stopping import StopFlag
 from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
 from sweeper.tracking import Tracker, TrackingSettings
+from sweeper.trainer import nodes
 from sweeper.trainer.run import DISK_FAULTS, Spec, in_attempt
 from sweeper.trainer.warm import TrainerServer, num_nodes, num_ranks, uses_cuda, wants_plain
 
@@ -553,6 +554,8 @@ def _work(
     found = store.sweep(sweep)
     store.ttl_s = float(found.config["lease"]["ttl_s"])
     stop.warning_s = float(found.config["launcher"].get("signal_delay_s") or 0)
+    if num_nodes(found.config) > 1:
+        nodes.check()
     if wants_plain(found.config):
         server.go_plain()
     threads = int(os.environ.get("SWEEPER_THREADS", "1"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -41,6 +42,16 @@ ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED")
 FIXED = {"name", "job_name", "wckey", "teardown", "stderr_to_stdout", "srun_args", "use_srun"}
 """Parameters of submitit's that are not for users: what is here depends on them."""
 
+OTHER_NODES = """\
+# What runs ranks on the other nodes is started here, because SLURM warns what is in the worker's step.
+export SWEEPER_NODES_DIR={folder}/nodes_"$SLURM_JOB_ID"_"${{SLURM_RESTART_COUNT:-0}}"
+if [ "${{SWEEPER_NODES%:*}}" != "$$" ] || ! kill -0 "${{SWEEPER_NODES#*:}}"; then
+  srun --overlap --nodes={others} --ntasks={others} --ntasks-per-node=1 --cpus-per-task={cpus} --exclude="$SLURMD_NODENAME" --kill-on-bad-exit=0 --input=none --output={folder}/%j_nodes.out {python} -m sweeper.trainer.nodes "$SWEEPER_NODES_DIR" &
+  export SWEEPER_NODES="$$:$!"
+fi
+"""
+"""Lines before the worker's srun when a training has several nodes; the worker writes its orders into the directory."""
+
 AFTERWARDS = """\
 code=$?
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
@@ -59,6 +70,7 @@ if [ "$code" -gt 128 ] && [ "$SWEEPER_DEATHS" -lt 5 ]; then
   export SWEEPER_DEATHS
   exec bash "$0"
 fi
+[ -z "$SWEEPER_NODES_DIR" ] || rm -rf "$SWEEPER_NODES_DIR"
 exit "$code"
 """
 """The end of the sbatch file. It is outside of any container, so that `scontrol` is there."""
@@ -154,13 +166,28 @@ class Submission:
         lines = (line.rstrip().partition(" ") for line in answer.splitlines())
         return sum(state in ACTIVE and comment.endswith(self.label) for state, _, comment in lines)
 
+    def _num_nodes(self) -> int:
+        return int(self.launcher["nodes"] or 1)
+
+    def _cpus_per_node(self) -> int:
+        return int(self.launcher["tasks_per_node"] or 1) * self.worker.threads
+
+    def _other_nodes(self) -> list[str]:
+        """Lines of the script for a training on several nodes."""
+        if self._num_nodes() == 1:
+            return []
+        lines = OTHER_NODES.format(
+            folder=shlex.quote(str(self.folder)), others=self._num_nodes() - 1,
+            cpus=self._cpus_per_node(), python=shlex.quote(sys.executable),
+        )  # fmt: skip
+        return lines.splitlines()
+
     def _srun_arguments(self) -> list[str]:
         """The worker is one task on the first node, which starts the ranks; it has what they need there."""
-        ranks = int(self.launcher["tasks_per_node"] or 1)
-        num_cpus = ranks * self.worker.threads
+        num_cpus = self._cpus_per_node()
         # HAZARD: since 22.05 srun does not take --cpus-per-task from sbatch. Source: srun(1).
         cpus = [f"--cpus-per-task={num_cpus}"] if num_cpus > 1 else []
-        is_alone = ranks * int(self.launcher["nodes"] or 1) == 1
+        is_alone = int(self.launcher["tasks_per_node"] or 1) * self._num_nodes() == 1
         return cpus if is_alone else ["--nodes=1", "--ntasks=1", f"--cpus-per-task={num_cpus}"]
 
     def _executor(self) -> _Executor:
@@ -169,6 +196,7 @@ class Submission:
         comments = (given.pop("comment", None), additional.pop("comment", None), self.label)
         additional |= {"requeue": True, "comment": " ".join(str(comment) for comment in comments if comment)}
         _check_known(given)
+        given["setup"] = [*(given.get("setup") or []), *self._other_nodes()]
         parameters = {name: value for name, value in given.items() if value is not None and value != []}
         try:
             executor = _Executor(folder=self.folder)

@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sweeper import processes
+from sweeper import processes, rundir
 from sweeper.channel import Channel, ChannelClosed, Message, NoLink
 from sweeper.manifests import Manifest
 from sweeper.trainer import main as trainer_main
@@ -80,9 +80,10 @@ def main(argv: list[str]) -> int:
         address = "127.0.0.1" if is_alone else nodes.here()
         endpoint = f"{address}:{0 if is_alone else nodes.free_port()}"
         run_id = f"{in_attempt(spec.run_dir, spec.lease_epoch)}:{os.getpid()}"
-        others = None
         if not is_alone:
-            others = nodes.start_others(endpoint, run_id, num_nodes=spec.num_nodes, ranks_per_node=per_node)
+            log = str(rundir.attempt_log(Path(spec.run_dir), spec.attempt))
+            attempt = os.environ[processes.ATTEMPT_VARIABLE]
+            nodes.order(nodes.Order(endpoint, run_id, spec.num_nodes, per_node, attempt, log))
         handover = _Handover(
             os.environ[SOCKET_VARIABLE], request.encode(), fds
         )  # a thread: after all forks of ours
@@ -99,11 +100,14 @@ def main(argv: list[str]) -> int:
             )
         except ChildFailedError as error:
             code, ending = first_failure(error, directory, ended_here)
-            if others is not None and ending.get("is_others"):
-                code, ending = nodes.failure_of_others(others, spec) or (code, ending)
+            if not is_alone and ending.get("is_others"):
+                code, ending = nodes.failure_of_others(spec) or (code, ending)
             if ending:
                 handover.tell(ending)
             return code
+        finally:
+            if not is_alone:
+                nodes.withdraw()
     return 0
 
 

@@ -43,3 +43,30 @@ def test_ranks_on_two_nodes(testbed: Testbed, tmp_path: Path) -> None:
     assert later[0]["start_step"] == 8
     assert digest_of(sweep) == digest_of(alone)
     until(lambda: not sweep.jobs("RUNNING", "PENDING", "COMPLETING"), "the job ends", tell=sweep.logs)
+
+
+@pytest.mark.timeout(400)
+def test_a_preemption_stops_all_nodes_at_one_step(testbed: Testbed, tmp_path: Path) -> None:
+    """All ranks leave at the step where the first was told to, with a checkpoint; the same bits in the end."""
+    alone = ClusterSweep(None, tmp_path / "alone")
+    paced = (*TRAINING, "trainer.epochs=8", "checkpoint.every_n_steps=10", *UNDISTURBED)
+    alone.launch(*paced, "launcher.ranks_per_worker=2", launcher="local")
+
+    sweep = ClusterSweep(testbed, tmp_path / "preempted", more={"PACE_S": "0.3"})
+    sweep.launch(
+        *paced, "launcher.nodes=2", "launcher.partition=low", "+launcher.additional_parameters.exclusive=true"
+    )
+    (worker,) = until(lambda: sweep.training(step=10), "two nodes train", tell=sweep.logs)
+    hosts = testbed.run("scontrol", "show", "hostnames", sweep.node(worker)).split()
+    testbed.run(
+        "sbatch", "--partition=high", "--exclusive", f"--nodelist={hosts[-1]}", "--output=/dev/null", "--wrap", "sleep 2"
+    )  # fmt: skip
+    until(sweep.is_complete, "the trial is done", tell=sweep.logs)
+
+    first, second = sweep.attempts()
+    assert (first["outcome"], second["outcome"]) == ("preempted", "completed"), sweep.logs()
+    assert first["reason"].endswith("is preempted")
+    assert second["start_step"] % 10 != 0, "the checkpoint of the preemption, not one of the cadence"
+    assert digest_of(sweep) == digest_of(alone)
+    until(lambda: not sweep.jobs("RUNNING", "PENDING", "COMPLETING"), "the job ends", tell=sweep.logs)
+    assert not list(sweep.data_dir.glob("sweep/*/slurm/nodes_*_1")), "the last job's orders are gone"

@@ -47,6 +47,7 @@ def train(cfg: Any, run: Any) -> float:
         optimizer.step()
         with open(run.directory / f"seen.{run.spec.attempt}.{rank}.txt", "a") as seen:
             print(loop.epoch, loop.step, *indices.tolist(), file=seen, flush=True)
+        time.sleep(float(os.environ.get("PACE_S", "0")))
         loop.report(train_loss=loss.item())
         if run.spec.attempt <= cfg.attempts and loop.step >= cfg.at * run.spec.attempt and rank == cfg.rank:
             misbehave(cfg.act)
