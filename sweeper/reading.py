@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, NoReturn, Self
 
-    from sweeper.reading_rows import AttemptRow, Counts, Database, Progress, RunRow, Steps, SweepRow
+    from sweeper.costs import Resumption, Steps
+    from sweeper.reading_rows import AttemptRow, Counts, Database, Progress, RunRow, SweepRow
 
 
 _TABLES = {"sweeper_sweep", "sweeper_run", "sweeper_attempt"}
@@ -45,26 +46,8 @@ SELECT state, COUNT(*) AS num_runs,
 FROM sweeper_run WHERE sweep_id = :sweep_id GROUP BY state
 """
 
-# An attempt's steps beyond the start of the next one were trained again; a superseded run was
-# trained for nothing. Attempts whose trainer never said where it starts trained nothing.
-_STEPS = """
-SELECT COALESCE(SUM(trained), 0) AS trained,
-  COALESCE(SUM(CASE WHEN attempt > 1 THEN start_step ELSE 0 END), 0) AS recovered,
-  COALESCE(SUM(CASE WHEN state = 'superseded' THEN trained
-                    WHEN start_step + trained > next_start THEN start_step + trained - next_start
-                    ELSE 0 END), 0) AS lost
-FROM (
-  SELECT a.attempt, a.start_step, r.state,
-    CASE WHEN COALESCE(a.end_step, r.global_step) > a.start_step
-         THEN COALESCE(a.end_step, r.global_step) - a.start_step ELSE 0 END AS trained,
-    LEAD(a.start_step) OVER (PARTITION BY a.run_id ORDER BY a.attempt) AS next_start
-  FROM sweeper_attempt a JOIN sweeper_run r ON r.run_id = a.run_id
-  WHERE r.sweep_id = :sweep_id AND a.start_step IS NOT NULL
-) AS attempts
-"""
-
 _ATTEMPTS = """
-SELECT run_id, attempt, lease_epoch, owner, started_at, ended_at, start_step, end_step,
+SELECT run_id, attempt, lease_epoch, owner, started_at, went_on_at, ended_at, start_step, end_step,
   checkpoint_step, outcome, reason, detail
 FROM sweeper_attempt WHERE run_id = :run_id ORDER BY attempt
 """
@@ -158,6 +141,7 @@ class Reading:
             row = self.sweep(sweep)
             counts = self._counts(row)
             open_runs = self.runs(sweep, incomplete=True)
+            steps, resumption = self._costs("r.sweep_id = :id", row["sweep_id"])
             return {
                 "sweep": sweep,
                 "metric": row["metric"],
@@ -165,7 +149,8 @@ class Reading:
                 "is_cancelled": row["is_cancelled"],
                 "is_complete": not open_runs and (row["is_cancelled"] or counts["done"] >= row["n_trials"]),
                 "counts": counts,
-                "steps": self._steps(row),
+                "steps": steps,
+                "resumption": resumption,
                 "best": self._best(row),
                 "open_runs": open_runs,
             }
@@ -200,15 +185,21 @@ class Reading:
         )
         return _run_row(rows[0]) if rows else None
 
-    def _steps(self, sweep: SweepRow) -> Steps:
-        (row,) = self._rows(_STEPS, sweep_id=sweep["sweep_id"])
-        trained, lost = int(row["trained"]), int(row["lost"])
-        return {
-            "trained": trained,
-            "recovered": int(row["recovered"]),
-            "lost": lost,
-            "goodput": (trained - lost) / trained if trained else None,
-        }
+    def run_costs(self, run_id: str) -> tuple[Steps, Resumption]:
+        """What failures cost a run, and how resuming it went."""
+        return self._costs("r.run_id = :id", run_id)
+
+    def _costs(self, where: str, id: object) -> tuple[Steps, Resumption]:
+        from sweeper import costs  # a listing does without
+
+        if self._db is None or not self.exists:
+            return costs.nothing()
+
+        def query(sql: str) -> dict[str, Any]:
+            (row,) = self._rows(sql, id=id)
+            return row
+
+        return costs.steps_of(query, where), costs.resumption_of(query, where)
 
     # --- runs ------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypedDict
 
+from sweeper.costs import Resumption, Steps
 from sweeper.records import Params
 
 
@@ -64,6 +65,7 @@ class AttemptRow(TypedDict):
     lease_epoch: int
     owner: dict[str, Any] | None
     started_at: float
+    went_on_at: float | None
     ended_at: float | None
     start_step: int | None
     end_step: int | None
@@ -93,19 +95,6 @@ class Counts(TypedDict):
     resumed: int
 
 
-class Steps(TypedDict):
-    """What failures cost a sweep, in optimizer updates.
-
-    `trained` were executed, `lost` of them twice or for nothing, `recovered` did not have to
-    be because a checkpoint held them. `goodput` is the share of `trained` that counts.
-    """
-
-    trained: int
-    recovered: int
-    lost: int
-    goodput: float | None
-
-
 class Progress(TypedDict):
     """One consistent picture of a sweep, for a progress display.
 
@@ -119,6 +108,7 @@ class Progress(TypedDict):
     is_complete: bool
     counts: Counts
     steps: Steps
+    resumption: Resumption
     best: RunRow | None
     open_runs: list[RunRow]
 

@@ -136,6 +136,8 @@ attempt = Table(
     Column("outcome", String(16)),  # NULL while it runs
     Column("reason", Text),
     Column("detail", Text),  # traceback or last lines of the log
+    Column("went_on_at", Float),  # when the trainer said where it starts
+    Column("num_gpus", Integer),
 )
 
 verdict = Table(

@@ -17,8 +17,9 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from sweeper import optuna_rows, restored, rundir, sweep_rows
+from sweeper import costs, optuna_rows, restored, rundir, sweep_rows
 from sweeper.connections import Database, Proof, patient
+from sweeper.costs import Resumption, Steps
 from sweeper.database import execute, shown
 from sweeper.errors import Fenced, NotFound, SweeperError
 from sweeper.records import Claim, Ending, Lease, NewSweep, ProcessId, Proposal, Run, Suspect, Sweep
@@ -297,7 +298,9 @@ class Store(Database):
             self._guarded(connection, lease, "processes=:p", p=json.dumps([asdict(p) for p in trainers]))
 
     @patient
-    def record_start(self, lease: Lease, *, step: int, total_steps: int | None) -> None:
+    def record_start(
+        self, lease: Lease, *, step: int, total_steps: int | None, num_gpus: int | None = None
+    ) -> None:
         """The trainer starts from `step`: from now on this epoch's lineage is known."""
         with self._transaction() as connection:
             self._guarded(
@@ -309,8 +312,9 @@ class Store(Database):
             )
             execute(
                 connection,
-                "UPDATE sweeper_attempt SET start_step=:step WHERE run_id=:r AND lease_epoch=:e",
-                step=step, r=lease.run_id, e=lease.lease_epoch,
+                "UPDATE sweeper_attempt SET start_step=:step, went_on_at=:now, num_gpus=COALESCE(:gpus, num_gpus) "
+                "WHERE run_id=:r AND lease_epoch=:e",
+                step=step, now=self._now(connection), gpus=num_gpus, r=lease.run_id, e=lease.lease_epoch,
             )  # fmt: skip
 
     @patient
@@ -409,6 +413,29 @@ class Store(Database):
                 r=lease.run_id,
             ).one()
         return int(count) + (committed is None)
+
+    def costs(self, run: Run) -> tuple[tuple[Steps, Resumption], tuple[Steps, Resumption]]:
+        """What failures cost a run, and its sweep, and how resuming went."""
+        with self._reading() as connection:
+
+            def of(where: str, id: object) -> tuple[Steps, Resumption]:
+                def query(sql: str) -> costs.Row:
+                    return dict(execute(connection, sql, id=id).mappings().one())
+
+                return costs.steps_of(query, where), costs.resumption_of(query, where)
+
+            return of("r.run_id = :id", run.run_id), of("r.sweep_id = :id", run.sweep_id)
+
+    def causes(self, run_id: str) -> list[str]:
+        """The outcomes of a run's attempts that are over, in order."""
+        with self._reading() as connection:
+            return list(
+                execute(
+                    connection,
+                    "SELECT outcome FROM sweeper_attempt WHERE run_id=:r AND outcome IS NOT NULL ORDER BY attempt",
+                    r=run_id,
+                ).scalars()
+            )
 
     @patient
     def settle(self, lease: Lease, state: State, ending: Ending) -> None:

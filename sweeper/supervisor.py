@@ -26,6 +26,8 @@ from sweeper.store import Store
 from sweeper.trainer.run import Spec, in_attempt
 from sweeper.trainer.warm import TrainerServer
 
+OnStart = Callable[[int, dict[str, Any]], None]
+
 DEATH = "death"
 LAST_LINES = 20
 HELLO_WAIT_S = 300.0
@@ -64,7 +66,7 @@ class Attempt:
     heard_at_s: float = field(default_factory=clock.awake_s)
     kill_reason: Ending | None = None
     exit_status: int | None = None
-    on_start: Callable[[], None] = lambda: None
+    on_start: OnStart = lambda step, devices: None
     has_saver: bool = False
 
 
@@ -100,12 +102,11 @@ class Supervisor:
         self._log, self._stop_reason, self._wake_fds, self._tick = log, stop_reason, wake_fds, tick
         self._on_save = on_save
 
-    def run(
-        self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]
-    ) -> Ending:
+    def run(self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: OnStart) -> Ending:
         """Train one attempt to its end. The trainer and all it started are gone afterwards.
 
-        `on_start` is called when the trainer says where it starts: its metrics log is cut by then.
+        `on_start` is called with the step where the trainer says that it starts, and its GPUs: its metrics
+        log is cut by then.
         """
         oom_before = oom_kills()
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -251,8 +252,12 @@ class Supervisor:
         kind = message["kind"]
         if kind == "started":
             attempt.step = message["step"]
-            self._store.record_start(lease, step=message["step"], total_steps=message["total_steps"])
-            attempt.on_start()
+            devices = message.get("devices") or {}
+            self._store.record_start(
+                lease, step=message["step"], total_steps=message["total_steps"],
+                num_gpus=int(devices.get("gpu_count", 0)) * attempt.spec.num_nodes,
+            )  # fmt: skip
+            attempt.on_start(attempt.step, devices)
         elif kind == "resumed":
             self._log(f"[RESUME] {run.run_id}: going on from step {message['step']}")
             self._store.record_start(lease, step=message["step"], total_steps=None)

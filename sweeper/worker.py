@@ -37,6 +37,7 @@ from sweeper.trainer.warm import TrainerServer, num_nodes, num_ranks, uses_cuda,
 IDLE_POLL_S = 0.2
 DISK_REST_S = 5.0
 MAX_REFUSALS = 10
+WANDB_RATES = ("success_rate", "failure_rate", "fallback_rate", "gpu_seconds_saved")
 
 
 def log(text: str) -> None:
@@ -281,7 +282,11 @@ class Worker:
         log_path = rundir.attempt_log(run_dir, run.attempts)
         self._num_refusals = 0  # the disk has taken all that a training begins with
         ending = self._supervisor.run(
-            run, lease, spec, log_path, on_start=lambda: self._track(run, lease, run_dir)
+            run,
+            lease,
+            spec,
+            log_path,
+            on_start=lambda step, devices: self._track(run, lease, run_dir, step, devices),
         )
         count = self._store.budget_after(lease, ending.outcome)
         self._finish(run, lease, run_dir, ending, count=count)
@@ -318,6 +323,7 @@ class Worker:
             outcome=ending.outcome,
             state=decision.state or State.INTERRUPTED,
             value=ending.value,
+            summary=self._figures(run, lease, ending),
         )
         if decision.action is Action.SETTLE:
             assert decision.state is not None
@@ -366,12 +372,29 @@ class Worker:
 
     # --- tracking --------------------------------------------------------------------------
 
-    def _track(self, run: Run, lease: Lease, run_dir: Path) -> None:
+    def _track(
+        self, run: Run, lease: Lease, run_dir: Path, start_step: int, devices: Mapping[str, Any]
+    ) -> None:
         config = for_run(self._sweep.config, run.params)["trainer"]
         self._tracker.begin(
             run_dir=run_dir, run_id=run.run_id, sweep=self._sweep.name, wandb_run_id=run.wandb_run_id, attempt=run.attempts,
-            lease_epoch=lease.lease_epoch, config={**config, "trial": run.trial, "seed": run.seed},
+            lease_epoch=lease.lease_epoch, config={**config, "trial": run.trial, "seed": run.seed, **devices},
+            metric=self._sweep.metric, direction=self._sweep.direction, start_step=start_step,
+            keep_last=int(self._sweep.config["checkpoint"]["keep_last"]),
         )  # fmt: skip
+
+    def _figures(self, run: Run, lease: Lease, ending: Ending) -> dict[str, Any]:
+        """What W&B's summary says of the run's failures and how it was resumed, and of its sweep's so far."""
+        if not self._tracker.settings.is_enabled:
+            return {}
+        (steps, resumption), (_, of_sweep) = self._store.costs(run)
+        causes = [*self._store.causes(run.run_id), str(ending.outcome)]
+        figures = {
+            "attempts": run.attempts, "causes": ", ".join(causes), "steps_recovered": steps["recovered"],
+            "steps_lost": steps["lost"], "goodput": steps["goodput"], "resume_latency_s": resumption["latency_s"],
+        }  # fmt: skip
+        rates = {f"sweep_{name}": of_sweep[name] for name in WANDB_RATES}  # type: ignore[literal-required]
+        return {f"sweeper/{key}": value for key, value in {**figures, **rates}.items() if value is not None}
 
     def _show_tracking(self) -> None:
         for event in self._tracker.poll():

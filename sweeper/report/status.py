@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import clock, rundir
+from sweeper import clock, costs, rundir
 from sweeper.errors import NotFound
 from sweeper.reading import Reading, default_storage
 from sweeper.report import places, rows, tables
@@ -128,7 +128,9 @@ def _in_database(name: str | None, *, storage: str | None, data_dir: Path) -> St
             progress = [reading.progress(sweep["name"]) for sweep in reading.sweeps()]
             return Status(sweeps=[sweep_view(one, data_dir=data_dir) for one in progress], notes=notes)
         if rundir.RUN_ID.match(name):
-            return Status(run=_row(reading.run(name), data_dir=data_dir))
+            steps, resumption = reading.run_costs(name)
+            row = _row(reading.run(name), data_dir=data_dir)
+            return Status(run={**row, "steps": steps, "resumption": resumption})
         return Status(sweeps=[sweep_view(reading.progress(name), data_dir=data_dir)], is_one=True)
 
 
@@ -156,7 +158,9 @@ def _from_disk(place: places.Place, *, data_dir: Path) -> Status:
     if place.run_id is not None:
         if not runs:
             raise NotFound(f"{place.run_id} cannot be read from its directory", why=notes[-1])
-        return Status(run=_row(runs[0], data_dir=data_dir), notes=notes)
+        steps, resumption = costs.nothing()
+        row = _row(runs[0], data_dir=data_dir)
+        return Status(run={**row, "steps": steps, "resumption": resumption}, notes=notes)
     names = [place.sweep] if place.sweep else sorted({run["sweep"] for run in runs})
     sweeps = [
         sweep_view(_progress([run for run in runs if run["sweep"] == name], sweep=name), data_dir=data_dir)
@@ -170,6 +174,7 @@ def _progress(runs: list[RunRow], *, sweep: str) -> Progress:
     num = {state.value: sum(run["state"] == state for run in runs) for state in State}
     open_runs = [run for run in runs if run["state"] in (State.RUNNING, State.INTERRUPTED)]
     done = num["completed"] + num["pruned"] + num["failed"]
+    steps, resumption = costs.nothing()
     return {
         "sweep": sweep,
         "metric": "value",
@@ -189,7 +194,8 @@ def _progress(runs: list[RunRow], *, sweep: str) -> Progress:
             "retried": 0,
             "resumed": sum(run["attempts"] > 1 for run in runs),
         },
-        "steps": {"trained": 0, "recovered": 0, "lost": 0, "goodput": None},
+        "steps": steps,
+        "resumption": resumption,
         "best": None,
         "open_runs": open_runs,
     }
@@ -265,7 +271,12 @@ def _cost_line(sweep: dict[str, Any]) -> str:
     steps = sweep["steps"]
     goodput = "" if steps["goodput"] is None else f", goodput {steps['goodput']:.3f}"
     cost = f"{steps['recovered']} steps recovered, {steps['lost']} lost{goodput}"
-    return f"{sweep['counts']['resumed']} runs resumed: {cost}"
+    resumption = sweep["resumption"]
+    latency = (
+        "" if resumption["latency_s"] is None else f", {resumption['latency_s']:.1f} s from claim to training"
+    )
+    tries = f" ({resumption['succeeded']} of {resumption['tried']} resumes went on{latency})"
+    return f"{sweep['counts']['resumed']} runs resumed: {cost}{tries if resumption['tried'] else ''}"
 
 
 def _sweeps_table(sweeps: Sequence[dict[str, Any]], *, width: int | None) -> str:

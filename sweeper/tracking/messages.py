@@ -137,6 +137,10 @@ class Begin:
         lease_epoch: This attempt's fencing number: when a newer one shows up in the run directory,
             the tracker stops following and tells W&B nothing more.
         config: The run's hyperparameters and settings, for W&B; without secrets.
+        metric: Name of the metric that the sweep optimizes, whose best value is kept in the summary.
+        direction: minimize or maximize.
+        start_step: Where the training goes on, 0 for a fresh start.
+        keep_last: How many checkpoints a run keeps.
     """
 
     run_dir: str
@@ -147,6 +151,10 @@ class Begin:
     lease_epoch: int
     config: dict[str, Any]
     settings: TrackingSettings
+    metric: str = ""
+    direction: str = "minimize"
+    start_step: int = 0
+    keep_last: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,10 @@ class Tracker:
         attempt: int,
         lease_epoch: int,
         config: Mapping[str, Any],
+        metric: str = "",
+        direction: str = "minimize",
+        start_step: int = 0,
+        keep_last: int = 3,
     ) -> None:
         """An attempt begins: follow its metrics log. Best said when its trainer has cut the log."""
         if not self.settings.is_enabled:
@@ -98,6 +102,10 @@ class Tracker:
             lease_epoch=lease_epoch,
             config=dict(config),
             settings=self.settings,
+            metric=metric,
+            direction=direction,
+            start_step=start_step,
+            keep_last=keep_last,
         )
         self._may_restart = True
         self._tell(begin)

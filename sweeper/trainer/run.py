@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,18 @@ def say(text: str) -> None:
     """One line in the attempt's log. A full disk may refuse it; that must end no training."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
+
+
+def _devices() -> dict[str, Any]:
+    """The GPUs that this training uses, for the database and W&B; empty on a CPU, which no GPU is woken for."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpu_count": torch.cuda.device_count(),
+        "cuda_version": torch.version.cuda,
+    }
 
 
 class Stop(BaseException):
@@ -241,7 +254,7 @@ class Run:
             self._has_started = True
             self.start_step = step
             checkpoints.void(self.metrics)  # opened, so cut, before the first step
-            self._link.ask("started", step=step, total_steps=total_steps)
+            self._link.ask("started", step=step, total_steps=total_steps, devices=_devices())
 
     def progress(self, step: int | None = None, *, total_steps: int | None = None) -> None:
         """Show a sign of life, e.g. in a long evaluation; at most a few a second are sent.

@@ -110,7 +110,7 @@ class StoreLink:
     """
 
     def __init__(
-        self, store: Store, search: Search, run: Run, lease: Lease, on_start: Callable[[], None]
+        self, store: Store, search: Search, run: Run, lease: Lease, on_start: supervisor.OnStart
     ) -> None:
         self._store, self._search, self._run, self._lease, self._on_start = (
             store,
@@ -141,7 +141,7 @@ class StoreLink:
             total = data.get("total_steps")
             self._store.record_start(self._lease, step=data["step"], total_steps=total)
             if kind == "started":
-                self._on_start()
+                self._on_start(data["step"], {})
         elif kind == "committed":
             self._store.record_checkpoint(self._lease, step=data["step"])
         elif kind == "report":
@@ -166,7 +166,7 @@ class InlineSupervisor:
         self._store, self._search = store, search
 
     def run(
-        self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: Callable[[], None]
+        self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: supervisor.OnStart
     ) -> Ending:
         link = StoreLink(self._store, self._search, run, lease, on_start)
         train_and_tell(spec, link)  # type: ignore[arg-type]  # it needs no more than a Link

@@ -396,7 +396,7 @@ def test_status_of_a_sweep(sweeper: Any, filled: Filled) -> None:
     assert result.out.splitlines()[:4] == [
         "simple: 3 of 4 trials done (2 completed, 1 failed), 1 running",
         "best accuracy 0.95 by simple.r.00001: lr=0.01 width=32",
-        "1 runs resumed: 100 steps recovered, 10 lost, goodput 0.980",
+        "1 runs resumed: 100 steps recovered, 10 lost, goodput 0.980 (1 of 1 resumes went on)",
         "",
     ]
     assert "simple.r.00003      3  running  live   120/500" in result.out

@@ -146,6 +146,70 @@ def test_steps_of_a_running_attempt_end_where_it_is(filled: Filled) -> None:
         assert reading.progress("simple")["steps"]["trained"] == 70
 
 
+def test_resumption_tells_how_resuming_went(filled: Filled) -> None:
+    # 100 steps in 50 s, lost at 100; from 80 after 4 s for 20 s; a resume that failed; one after 6 s, for 30 s.
+    run_id = filled.run(0, attempts=4, global_step=200)
+    timed = {"num_gpus": 2}
+    filled.attempt(
+        run_id,
+        1,
+        start_step=0,
+        end_step=100,
+        outcome="lost",
+        started_at=0.0,
+        went_on_at=1.0,
+        ended_at=51.0,
+        **timed,
+    )
+    filled.attempt(
+        run_id,
+        2,
+        start_step=80,
+        end_step=120,
+        outcome="preempted",
+        started_at=60.0,
+        went_on_at=64.0,
+        ended_at=84.0,
+        **timed,
+    )
+    filled.attempt(
+        run_id, 3, start_step=None, end_step=120, outcome="crashed", started_at=90.0, ended_at=91.0
+    )
+    filled.attempt(
+        run_id,
+        4,
+        start_step=120,
+        end_step=180,
+        outcome="completed",
+        started_at=94.0,
+        went_on_at=100.0,
+        ended_at=130.0,
+        **timed,
+    )
+    given_up = filled.run(1, state="superseded")
+    filled.attempt(
+        given_up,
+        1,
+        start_step=0,
+        end_step=10,
+        outcome="crashed",
+        started_at=0.0,
+        went_on_at=1.0,
+        ended_at=2.0,
+    )
+    with Reading(filled.url) as reading:
+        resumption = reading.progress("simple")["resumption"]
+        _, of_run = reading.run_costs(run_id)
+    seconds_saved = 200 * 100 / 200  # 80 + 120 steps at half a second
+    expected = {
+        "tried": 3, "succeeded": 2, "failed": 1, "fallbacks": 1, "latency_s": 5.0,
+        "success_rate": 2 / 3, "failure_rate": 1 / 3, "fallback_rate": 1 / 3,
+        "seconds_saved": seconds_saved, "gpu_seconds_saved": 2 * seconds_saved,
+    }  # fmt: skip
+    assert resumption == expected
+    assert of_run == {**expected, "fallbacks": 0, "fallback_rate": 0.0}
+
+
 def test_progress(filled: Filled) -> None:
     filled.sweep(n_trials=2)
     filled.run(0, value=0.9)
@@ -230,8 +294,8 @@ def test_unknown_run_says_what_is_near(filled: Filled) -> None:
 
 
 def test_newer_and_older_versions_are_refused(tmp_path: Path) -> None:
-    newer, older = Filled(tmp_path / "a", version="0002"), Filled(tmp_path / "b", version="0000")
-    with pytest.raises(StorageError, match=r"newer.*0002.*0001.*Install"):
+    newer, older = Filled(tmp_path / "a", version="9999"), Filled(tmp_path / "b", version="0000")
+    with pytest.raises(StorageError, match=r"newer.*9999.*0002.*Install"):
         Reading(newer.url)
     with pytest.raises(StorageError, match=r"older.*db upgrade"):
         Reading(older.url)
