@@ -16,7 +16,7 @@ from typing import Any
 from sweeper import checkpoints, processes, rundir
 from sweeper.database import create_database
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError, NotFound, SweeperError
-from sweeper.records import NewSweep, ProcessId, Proposal, Run
+from sweeper.records import NewSweep, Proposal, Run
 from sweeper.recovery import MAX_FLOAT, final_state
 from sweeper.report.hints import next_command
 from sweeper.restored import Restored
@@ -124,17 +124,8 @@ def _leave_out(path: Path, why: object) -> bool:
 
 
 def _refuse_living_owner(run_dir: Path) -> None:
-    try:
-        marker = rundir.read_json(rundir.marker_path(run_dir))
-        owner = ProcessId(
-            host=marker["host"], machine_id=marker["machine_id"], boot_id=marker["boot_id"], pid_namespace=marker["pid_namespace"],
-            uid=marker["uid"], pid=marker["pid"], start_ticks=marker["pid_start"], slurm_job_id=marker["slurm_job_id"],
-        )  # fmt: skip
-    except (FileNotFoundError, Damaged, KeyError):
-        return
-    if type(owner.pid) is not int or not 0 < owner.pid < 2**31:
-        return  # nothing we wrote
-    if processes.proof_of_death(owner) is None:
+    owner = rundir.read_owner(run_dir)
+    if owner is not None and processes.proof_of_death(owner) is None:
         raise SweeperError(
             f"run {run_dir.name} may still have an owner (process {owner.pid} on {owner.host})",
             do="End that worker first; if its machine is gone for good, remove the marker file yourself.",

@@ -323,6 +323,19 @@ def write_marker(run_dir: Path, *, attempt: int, lease_epoch: int, owner: Proces
     )
 
 
+def read_owner(run_dir: Path) -> ProcessId | None:
+    """The process that the marker names, alive or not; None when it names none, or nothing we wrote."""
+    try:
+        marker = read_json(marker_path(run_dir))
+        owner = ProcessId(
+            host=marker["host"], machine_id=marker["machine_id"], boot_id=marker["boot_id"], pid_namespace=marker["pid_namespace"],
+            uid=marker["uid"], pid=marker["pid"], start_ticks=marker["pid_start"], slurm_job_id=marker["slurm_job_id"],
+        )  # fmt: skip
+    except (FileNotFoundError, Damaged, KeyError):
+        return None
+    return owner if type(owner.pid) is int and 0 < owner.pid < 2**31 else None
+
+
 def remove_marker(run_dir: Path) -> None:
     """Remove the marker. INVARIANT: only after the final result is on disk and in the database."""
     fsops.unlink(marker_path(run_dir), missing_ok=True)
