@@ -1,0 +1,1 @@
+"""Run directories copied into an object store after each commit, and found again by another machine."""
