@@ -355,6 +355,19 @@ def _add_json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="the stable contract for programs")
 
 
+def _vast(options: Options) -> int:
+    """Look after what launcher=vast has rented; nothing else is touched."""
+    from sweeper.launch.vast.verbs import main as vast
+
+    return vast(
+        options.action,
+        options.name,
+        data_dir=_data_dir(options),
+        num_lines=options.lines,
+        as_json=options.json,
+    )
+
+
 def _worker_arguments(parser: Parser) -> None:
     parser.add_argument("sweep", metavar="SWEEP")
     parser.add_argument(
@@ -441,6 +454,14 @@ _VERBS: dict[str, tuple[str, Callable[[Parser], None], Callable[[Options], int]]
     "resume": ("start workers for what is unfinished", _name_argument, _resume),
     "retry": ("give a failed trial another run", _run_argument, _retry),
     "cancel": ("cancel a sweep or a run", _name_argument, _cancel),
+def _vast_arguments(parser: Parser) -> None:
+    actions = ["list", "logs", "stop", "destroy"]
+    parser.add_argument("action", metavar="|".join(actions), choices=actions)
+    parser.add_argument("name", metavar="SWEEP|ID", nargs="?", help="a sweep, or the number of an instance")
+    parser.add_argument("--lines", type=int, metavar="N", default=200, help="of the log [200]")
+    _add_json(parser)
+
+
     "rebuild": ("make a lost database anew from run directories", _directory_argument, _rebuild),
     "db": (
         "upgrade the tables; up, status, down, backup: a PostgreSQL server of your own",
@@ -448,3 +469,4 @@ _VERBS: dict[str, tuple[str, Callable[[Parser], None], Callable[[Options], int]]
         _db,
     ),
 }
+    "vast": ("list, logs, stop, destroy: what is rented on VastAI", _vast_arguments, _vast),

@@ -30,8 +30,13 @@ OPTIONAL_VARIABLES = (
     "TB_PORT",
     "TB_HOST",
 )
-FLAGS = {"--dry-run": "is_dry", "--detach": "is_detached", "--wait": "is_waiting"}
-KINDS = ("local", "slurm")
+FLAGS = {
+    "--dry-run": "is_dry",
+    "--detach": "is_detached",
+    "--wait": "is_waiting",
+    "--auto-shutdown": "is_shut_down",
+}
+KINDS = ("local", "slurm", "vast")
 
 
 @dataclass(slots=True)
@@ -41,6 +46,7 @@ class Flags:
     is_dry: bool = False
     is_detached: bool = False
     is_waiting: bool = False
+    is_shut_down: bool = False
 
 
 def main(argv: list[str], *, template: Template | None = None) -> int:
@@ -68,6 +74,8 @@ def main(argv: list[str], *, template: Template | None = None) -> int:
     from sweeper.launch.settings import read
 
     settings = read(composed[0], command=_again(rest, composed[1]))
+    if settings.launcher.get("kind") == "vast":
+        return _on_vast(settings, [a for a in rest if not _may_hold_password(a)], flags)
     if flags.is_dry:
         return _dry_run(settings)
     _warn_of_searched(settings)
@@ -77,6 +85,18 @@ def main(argv: list[str], *, template: Template | None = None) -> int:
         sweep, store, storage=settings.storage, data_dir=settings.data_dir,
         flags=flags, template=template,
     )  # fmt: skip
+
+
+def _on_vast(settings: Settings, command: list[str], flags: Flags) -> int:
+    """The sweep's database is on the instance: nothing is made of it here."""
+    from sweeper.launch.vast import launch as vast
+
+    if flags.is_dry:
+        return vast.dry_run(settings, command=command, is_shut_down=flags.is_shut_down)
+    _warn_of_searched(settings)
+    return vast.launch(
+        settings, command=command, is_detached=flags.is_detached, is_shut_down=flags.is_shut_down
+    )
 
 
 def _check_launcher(settings: Settings) -> None:
@@ -307,8 +327,14 @@ def start(
 
 def resume(name: str, *, storage: str, data_dir: Path, template: Template | None = None) -> int:
     """Start workers for what is unfinished of a sweep (or of a run's sweep), as it was launched."""
-    store = Store(storage)
     match = rundir.RUN_ID.match(name)
+    from sweeper.launch.vast.ledger import Ledger
+
+    rented = None if match else Ledger.find(data_dir, name)
+    if rented is not None:
+        own = [argument for argument in rented.command if not argument.startswith("data_dir=")]
+        return main([rundir.override("data_dir", str(data_dir)), *own], template=template)
+    store = Store(storage)
     sweep = store.sweep(match[1] if match else name)
     if match:
         run = store.run(name)

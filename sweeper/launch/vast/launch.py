@@ -1,0 +1,157 @@
+"""`launch` with launcher=vast: check everything here, rent there; and what --dry-run shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sweeper import clock, fsops
+from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, ConfigError
+from sweeper.launch.settings import Settings
+from sweeper.launch.vast import plan as planning
+from sweeper.launch.vast import script as scripting
+from sweeper.launch.vast.client import Client, Offer, env_option
+from sweeper.launch.vast.ledger import Ledger, held, path_of
+from sweeper.launch.vast.plan import Plan
+from sweeper.launch.vast.renting import Asked, Renter
+from sweeper.report.hints import next_command
+
+SHOWN = Path(".vast") / "onstart.sh"
+"""Where the script lies that an instance starts with, to be read; in the current directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A sweep for VastAI, checked: nothing of it can be refused later but by VastAI.
+
+    Attributes:
+        command: This launch's arguments, as they are kept to go on with.
+    """
+
+    sweep: str
+    plan: Plan
+    arguments: list[str]
+    command: list[str]
+    environment: dict[str, str]
+    data_dir: Path
+    client: Client
+
+    @classmethod
+    def of(cls, settings: Settings, *, command: list[str], is_shut_down: bool = False) -> Job:
+        """Raises ConfigError."""
+        plan = Plan.of(settings.launcher)
+        if is_shut_down:
+            plan = replace(plan, auto_shutdown=True)
+        _need_copy(settings.new.config, plan)
+        environment = scripting.environment(plan)
+        env_option(environment)
+        arguments = scripting.arguments(
+            settings.new.config["command"], plan, sweep=settings.new.name, n_trials=settings.new.n_trials
+        )
+        scripting.refuse_secrets([*arguments, *command, *_lines(plan)], plan)
+        return cls(
+            settings.new.name, plan, arguments, command, environment, settings.data_dir,
+            Client(secrets=environment.values()),
+        )  # fmt: skip
+
+    def script(self, series: str, *, limit_s: float, is_fresh: bool) -> str:
+        """What an instance runs."""
+        return scripting.script(
+            self.plan, self.sweep, series, limit_s=limit_s, launch=self.arguments, is_fresh=is_fresh
+        )
+
+    def writer(self, series: str) -> Callable[[float, bool], Path]:
+        """Writes the script, plain to be read and packed to be sent; returns the latter's path."""
+
+        def write(limit_s: float, is_fresh: bool) -> Path:
+            text = self.script(series, limit_s=limit_s, is_fresh=is_fresh)
+            path = path_of(self.data_dir, self.sweep).with_name("onstart.packed.sh")
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fsops.replace(path, scripting.packed(text).encode())
+            show(text)
+            return path
+
+        return write
+
+
+def _lines(plan: Plan) -> tuple[str, ...]:
+    return (
+        *plan.setup_lines,
+        *plan.data,
+        *plan.restore,
+        *plan.save,
+        plan.git_url or "",
+        plan.query,
+        plan.image,
+    )
+
+
+def _need_copy(config: Mapping[str, Any], plan: Plan) -> None:
+    """An instance ends, and its disk with it. Raises ConfigError when nothing of the sweep would be left."""
+    has_mirror = bool((config.get("mirror") or {}).get("url"))
+    uploads = config["tracking"]["wandb"].get("upload_checkpoints") or "never"
+    if not has_mirror and uploads == "never" and not plan.save:
+        raise ConfigError(
+            "launcher=vast needs a place where the sweep survives its instance",
+            do="Set mirror.url=, or tracking.wandb.upload_checkpoints=last, or lines of your own with launcher.save and launcher.restore.",
+        )
+
+
+def show(text: str) -> None:
+    """Save the script where people can read it."""
+    SHOWN.parent.mkdir(exist_ok=True)
+    SHOWN.write_text(text, encoding="utf-8")
+
+
+def launch(settings: Settings, *, command: list[str], is_detached: bool, is_shut_down: bool) -> int:
+    """Rent and follow until the sweep is complete; returns the exit code."""
+    job = Job.of(settings, command=command, is_shut_down=is_shut_down)
+    with held(path_of(job.data_dir, job.sweep)), Asked() as asked:
+        ledger = Ledger.open(job.data_dir, job.sweep, command)
+        again = next_command("resume", job.sweep, storage=settings.storage, data_dir=job.data_dir)
+        renter = Renter(
+            job.plan, ledger, job.client, write_script=job.writer(ledger.series), environment=job.environment,
+            again=again, asked=asked, is_detached=is_detached,
+        )  # fmt: skip
+        return renter.run()
+
+
+def dry_run(settings: Settings, *, command: list[str], is_shut_down: bool) -> int:
+    """Print what would be rented, what it costs, and the script. Nothing is rented."""
+    job = Job.of(settings, command=command, is_shut_down=is_shut_down)
+    plan, ledger = job.plan, Ledger.open(job.data_dir, job.sweep, command)
+    offers = job.client.search(planning.query(plan), is_bid=plan.interruptible, disk_gb=plan.disk_gb)
+    offer = planning.choose(offers, plan, avoid=ledger.avoid)
+    print(f"asked for: {planning.query(plan)}")
+    if offer is None:
+        print(
+            f"nothing fits ({len(offers)} offers); raise launcher.max_usd_h, or ask for less", file=sys.stderr
+        )
+        return EXIT_NOT_WELL
+    limit_s = planning.left(
+        plan, spent_usd=ledger.spent_usd, began_at_s=ledger.began_at_s, now_s=clock.wall_s()
+    ).limit_s(planning.usd_h(offer, plan))
+    text = job.script(ledger.series, limit_s=limit_s, is_fresh=plan.fresh)
+    size = len(scripting.packed(text))
+    print(_described(offer, plan, limit_s))
+    if job.environment:
+        print(f"with the variables {', '.join(job.environment)} of this shell")
+    show(text)
+    print(f"{SHOWN} ({size} of {scripting.MAX_CHARACTERS} characters, packed):\n\n{text}", end="")
+    return EXIT_OK
+
+
+def _described(offer: Offer, plan: Plan, limit_s: float) -> str:
+    price = planning.usd_h(offer, plan)
+    offered = planning.bid(offer, plan)
+    how = "on demand" if offered is None else f"interruptible, with a bid of ${offered:.4f}"
+    worst = price * limit_s / 3600
+    return (
+        f"would rent: offer {offer.offer_id}, {offer.num_gpus}x {offer.gpu_name} in {offer.where}, "
+        f"reliability {offer.reliability:.3f}, {how}\n"
+        f"costs: ${price:.4f} per hour; at most ${worst:.2f} in {limit_s / 3600:.1f} h "
+        f"(budget ${plan.budget_usd:.2f}, time limit {plan.time_limit_h:g} h); network traffic comes on top"
+    )
