@@ -31,6 +31,7 @@ VERBS = [
     "retry",
     "cancel",
     "rebuild",
+    "vast",
     "db",
 ]
 
