@@ -289,6 +289,13 @@ def _verify(options: Options) -> int:
     return verify(options.names, data_dir=_data_dir(options), as_json=options.json)
 
 
+def _sync(options: Options) -> int:
+    """Send W&B what it lacks of runs that nobody trains now, from their metrics logs."""
+    from sweeper.sync import main as sync
+
+    return sync(options.name, storage=options.storage, data_dir=_data_dir(options))
+
+
 def _resume(options: Options) -> int:
     """Start workers for what is unfinished, with the saved launcher configuration."""
     from sweeper.launch.ahead import template_for
@@ -348,13 +355,6 @@ def _db(options: Options) -> int:
     return embedded.backup(server, Path(options.file))
 
 
-# --- their arguments -----------------------------------------------------------------------
-
-
-def _add_json(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="the stable contract for programs")
-
-
 def _vast(options: Options) -> int:
     """Look after what launcher=vast has rented; nothing else is touched."""
     from sweeper.launch.vast.verbs import main as vast
@@ -366,6 +366,13 @@ def _vast(options: Options) -> int:
         num_lines=options.lines,
         as_json=options.json,
     )
+
+
+# --- their arguments -----------------------------------------------------------------------
+
+
+def _add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="the stable contract for programs")
 
 
 def _worker_arguments(parser: Parser) -> None:
@@ -421,6 +428,10 @@ def _name_argument(parser: Parser) -> None:
     parser.add_argument("name", metavar="SWEEP|RUN")
 
 
+def _sync_arguments(parser: Parser) -> None:
+    parser.add_argument("name", metavar="SWEEP|RUN", nargs="?", help="default: all runs")
+
+
 def _run_argument(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
 
@@ -443,6 +454,14 @@ def _db_arguments(parser: Parser) -> None:
     parser.add_argument("--port", type=int, metavar="N", help="[a free one]")
 
 
+def _vast_arguments(parser: Parser) -> None:
+    actions = ["list", "logs", "stop", "destroy"]
+    parser.add_argument("action", metavar="|".join(actions), choices=actions)
+    parser.add_argument("name", metavar="SWEEP|ID", nargs="?", help="a sweep, or the number of an instance")
+    parser.add_argument("--lines", type=int, metavar="N", default=200, help="of the log [200]")
+    _add_json(parser)
+
+
 _VERBS: dict[str, tuple[str, Callable[[Parser], None], Callable[[Options], int]]] = {
     "worker": ("one worker loop of a sweep", _worker_arguments, _worker),
     "list": ("the runs, or only the unfinished ones", _list_arguments, _list),
@@ -452,21 +471,14 @@ _VERBS: dict[str, tuple[str, Callable[[Parser], None], Callable[[Options], int]]
     "logs": ("what a run printed", _logs_arguments, _logs),
     "verify": ("check every byte of checkpoints", _verify_arguments, _verify),
     "resume": ("start workers for what is unfinished", _name_argument, _resume),
+    "sync": ("send W&B what it lacks of runs nobody trains now", _sync_arguments, _sync),
     "retry": ("give a failed trial another run", _run_argument, _retry),
     "cancel": ("cancel a sweep or a run", _name_argument, _cancel),
-def _vast_arguments(parser: Parser) -> None:
-    actions = ["list", "logs", "stop", "destroy"]
-    parser.add_argument("action", metavar="|".join(actions), choices=actions)
-    parser.add_argument("name", metavar="SWEEP|ID", nargs="?", help="a sweep, or the number of an instance")
-    parser.add_argument("--lines", type=int, metavar="N", default=200, help="of the log [200]")
-    _add_json(parser)
-
-
     "rebuild": ("make a lost database anew from run directories", _directory_argument, _rebuild),
+    "vast": ("list, logs, stop, destroy: what is rented on VastAI", _vast_arguments, _vast),
     "db": (
         "upgrade the tables; up, status, down, backup: a PostgreSQL server of your own",
         _db_arguments,
         _db,
     ),
 }
-    "vast": ("list, logs, stop, destroy: what is rented on VastAI", _vast_arguments, _vast),

@@ -5,7 +5,7 @@ Imports nothing heavy: listings use it as well as the worker, which tells W&B.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 Row = Mapping[str, Any]
@@ -130,6 +130,20 @@ def resumption_of(query: Callable[[str], Row], where: str) -> Resumption:
         "seconds_saved": float(row["seconds_saved"] or 0.0),
         "gpu_seconds_saved": float(row["gpu_seconds_saved"] or 0.0),
     }
+
+
+def figures(
+    attempts: int, causes: Sequence[str], of_run: tuple[Steps, Resumption], of_sweep: Resumption
+) -> dict[str, Any]:
+    """What W&B's summary says of a run's failures and how it was resumed, and of its sweep's so far."""
+    steps, resumption = of_run
+    found = {
+        "attempts": attempts, "causes": ", ".join(causes), "steps_recovered": steps["recovered"],
+        "steps_lost": steps["lost"], "goodput": steps["goodput"], "resume_latency_s": resumption["latency_s"],
+        "sweep_success_rate": of_sweep["success_rate"], "sweep_failure_rate": of_sweep["failure_rate"],
+        "sweep_fallback_rate": of_sweep["fallback_rate"], "sweep_gpu_seconds_saved": of_sweep["gpu_seconds_saved"],
+    }  # fmt: skip
+    return {f"sweeper/{key}": value for key, value in found.items() if value is not None}
 
 
 def nothing() -> tuple[Steps, Resumption]:

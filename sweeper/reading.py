@@ -189,6 +189,10 @@ class Reading:
         """What failures cost a run, and how resuming it went."""
         return self._costs("r.run_id = :id", run_id)
 
+    def resumption(self, sweep: str) -> Resumption:
+        """How resuming went in a sweep. Raises NotFound."""
+        return self._costs("r.sweep_id = :id", self.sweep(sweep)["sweep_id"])[1]
+
     def _costs(self, where: str, id: object) -> tuple[Steps, Resumption]:
         from sweeper import costs  # a listing does without
 

@@ -146,11 +146,15 @@ class Server:
 
     def _open_wandb(self) -> Sink | None:
         assert self._begin is not None
-        if self._client is None:
-            from sweeper.tracking.wandb_sink import WandbClient
+        from sweeper.tracking.wandb_sink import RunMissing, WandbClient
 
-            self._client = WandbClient(self._warn)
-        sink = self._client.open(self._begin)
+        if self._client is None:
+            self._client = WandbClient(self._warn, note=lambda text: self._tell("note", text=text))
+        try:
+            sink = self._client.open(self._begin)
+        except RunMissing as error:
+            self._tell("refused", text=str(error))
+            return None
         if sink is not None:
             self._tell("wandb", **sink.place)
         return sink

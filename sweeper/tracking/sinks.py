@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,8 @@ from sweeper.states import State
 from sweeper.tracking.messages import End
 from sweeper.tracking.metrics import STEP, Follower, Row
 
+REOPEN_S = 60.0
+
 
 class Sink(Protocol):
     """W&B or TensorBoard for one run. Each method may raise anything: it is foreign code."""
@@ -17,8 +20,11 @@ class Sink(Protocol):
     next_step: int
     """Rows of earlier steps are there already."""
 
+    def observe(self, step: int, row: Row) -> None:
+        """See the one row of a step, also of those that are there already; steps only go up."""
+
     def write(self, step: int, row: Row) -> None:
-        """Send the one row of a step; steps only go up."""
+        """Send the one row of a step that is not there yet."""
 
     def flush(self) -> None:
         """What was written shall be seen by readers."""
@@ -34,7 +40,8 @@ class Feed:
     """Feeds one metrics log into one sink, each step once, and survives the sink.
 
     Rows of one step are merged; the newest step is held back until it is complete, so that a step
-    is never there in part. A sink that fails is opened once more and told what it lacks.
+    is never there in part. A sink that fails is opened again and told what it lacks: at once, then
+    no more often than each `REOPEN_S`, and at the end. One that cannot be opened is left alone.
 
     Args:
         name: For messages, e.g. "W&B".
@@ -52,23 +59,30 @@ class Feed:
         log_path: Path,
         may_follow: Callable[[], bool],
         warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self._open_sink = open_sink
         self._log_path = log_path
         self._may_follow = may_follow
         self._warn = warn
-        self._retries = 1
+        self._clock = clock
+        self._reopen_at_s = 0.0
+        self._has_failed = False
         self._sink: Sink | None = None
         self._open()
 
     def pump(self) -> None:
         """Send what came since the last call."""
+        if self._has_failed and self._clock() >= self._reopen_at_s:
+            self._open()
         self._guarded(self._drain)
 
     def end(self, end: End) -> None:
         """Send the rest and close: in order, or at once when the run has a newer owner."""
-        self._guarded(lambda sink: self._finish(sink, end))
+        if self._has_failed:
+            self._open()
+        self._guarded(lambda sink: self._finish(sink, end), tries=1)
         self.abandon()
 
     def abandon(self) -> None:
@@ -82,14 +96,18 @@ class Feed:
                 self._warn(f"{self.name}: {_text(error)}")
 
     def _open(self) -> None:
+        self._has_failed = False
         self._follower = Follower(self._log_path, may_follow=self._may_follow)
         self._rows = _Steps()
+        if not self._may_follow():
+            return
         try:
             self._sink = self._open_sink()
         except Exception as error:  # noqa: BLE001 - foreign code
             self._warn(f"{self.name} cannot be used for this run: {_text(error)}")
 
-    def _guarded(self, act: Callable[[Sink], None]) -> None:
+    def _guarded(self, act: Callable[[Sink], None], *, tries: int = 0) -> None:
+        """Act; after a failure open the sink again, if that is due or `tries` are left."""
         while self._sink is not None:
             try:
                 act(self._sink)
@@ -97,9 +115,12 @@ class Feed:
             except Exception as error:  # noqa: BLE001 - foreign code
                 self._warn(f"{self.name} failed: {_text(error)}")
             self.abandon()
-            if self._retries:
-                self._retries -= 1
-                self._open()
+            self._has_failed = True
+            if self._clock() < self._reopen_at_s and tries <= 0:
+                return
+            tries -= 1
+            self._reopen_at_s = self._clock() + REOPEN_S
+            self._open()
 
     def _drain(self, sink: Sink) -> None:
         for row in self._follower.rows():
@@ -124,6 +145,7 @@ class Feed:
 
 
 def _write(sink: Sink, step: int, row: Row) -> None:
+    sink.observe(step, row)
     if step >= sink.next_step:
         sink.write(step, row)
         sink.next_step = step + 1

@@ -57,6 +57,9 @@ class TensorboardSink:
             start = self._event_pb2.SessionLog(status=self._event_pb2.SessionLog.START)
             self._add(step=self.next_step, session_log=start)
 
+    def observe(self, step: int, row: Row) -> None:
+        """Nothing is kept of rows."""
+
     def write(self, step: int, row: Row) -> None:
         """One event with all numbers of the row; texts are left out."""
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}

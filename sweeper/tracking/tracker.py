@@ -127,7 +127,8 @@ class Tracker:
         """Move messages in both directions and return what came, without waiting.
 
         Events, each with `event` and mostly `run_id`: `wandb` (`wandb_url` or `wandb_dir`),
-        `tensorboard` (`tensorboard_dir`), `warning` (`text`), `done` (`attempt`), `closed`.
+        `tensorboard` (`tensorboard_dir`), `warning` and `note` (`text`), `refused` (`text`:
+        tracking.wandb.resume=must), `done` (`attempt`), `closed`.
         """
         self._flush()
         self._receive()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweeper.errors import SweeperError
 from sweeper.states import Outcome, State
 from sweeper.tracking import orphans, wandb_files
 from sweeper.tracking.messages import Begin, End, WandbSettings
@@ -26,6 +27,9 @@ STEP_KEY = "global_step"
 DEFAULT_PROJECT = "sweeper"
 UNREACHABLE_S = 600.0
 """How long a server that did not answer is not asked again: each time costs the whole timeout."""
+
+CONFIRM_POLL_S = 0.5
+SYNC = "`sweeper sync` sends what is missing"
 
 _LOCAL_TIMEOUT_S = 90.0
 _PREEMPTIONS = (Outcome.PREEMPTED, Outcome.TIMEOUT, Outcome.LOST)
@@ -59,6 +63,11 @@ def decide_identity(begin: Begin) -> tuple[str, str]:
     return begin.wandb_run_id, resume
 
 
+def project_of(settings: WandbSettings) -> str:
+    """The W&B project of a sweep's runs."""
+    return settings.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+
+
 @dataclass(frozen=True, slots=True)
 class Farewell:
     """How W&B is told about the end of an attempt."""
@@ -76,6 +85,19 @@ def decide_farewell(end: End) -> Farewell:
     return Farewell(exit_code=1, is_preempting=is_preempting)
 
 
+def decide_catching_up(*, next_step: int, start_step: int) -> str:
+    """What is done about the rows between where W&B ends and where the training goes on, in words."""
+    if next_step <= start_step:
+        return f"W&B has rows up to step {next_step - 1}: those up to step {start_step} are sent again from metrics.jsonl"
+    if next_step > start_step + 1:
+        return f"W&B has rows up to step {next_step - 1} already: they are not sent again"
+    return ""
+
+
+class RunMissing(SweeperError):
+    """tracking.wandb.resume=must, and W&B does not know the run."""
+
+
 # --- the client ----------------------------------------------------------------------------
 
 
@@ -84,10 +106,17 @@ class WandbClient:
 
     Args:
         warn: Takes texts for people.
+        note: Takes texts for people that are no warnings.
         clock: Seconds that only go up.
     """
 
-    def __init__(self, warn: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        warn: Callable[[str], None],
+        *,
+        note: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._mode_variable = os.environ.get("WANDB_MODE")
         for name in _FOREIGN_VARIABLES:
             os.environ.pop(f"WANDB_{name}", None)
@@ -96,7 +125,7 @@ class WandbClient:
         import wandb
 
         self._wandb = wandb
-        self._warn = warn
+        self._warn, self._note = warn, note
         self._clock = clock
         self._online_again_s = 0.0
 
@@ -114,14 +143,31 @@ class WandbClient:
         if mode == "online" and self._clock() < self._online_again_s:
             self._warn("W&B did not answer a short while ago: this run is logged offline")
             mode = "offline"
-        try:
-            return self._init(begin, mode)
-        except Exception as error:
-            let_go(begin.wandb_run_id)
-            if mode == "offline":
-                raise
-            self._warn(self._advice(error, begin))
-            return self._init(begin, "offline")
+        for is_last in (False, True):
+            try:
+                return self._init(begin, mode)
+            except Exception as error:
+                let_go(begin.wandb_run_id)
+                if mode == "offline":
+                    raise
+                if decide_identity(begin)[1] == "must" and "does not exist" in str(error):
+                    raise self._missing(begin) from error
+                if is_last or not self._is_local(error):
+                    self._warn(self._advice(error, begin))
+                    break
+        return self._init(begin, "offline")
+
+    def _is_local(self, error: Exception) -> bool:
+        """Whether something happened to the client's service, rather than W&B having refused or been silent."""
+        errors = self._wandb.errors
+        return not isinstance(error, errors.CommError | errors.UsageError)
+
+    def _missing(self, begin: Begin) -> RunMissing:
+        return RunMissing(
+            f"W&B run {begin.wandb_run_id} does not exist, and tracking.wandb.resume=must",
+            do=f"Check the run's id, the key, and its access to project {project_of(begin.settings.wandb)}; "
+            "tracking.wandb.resume=allow starts the W&B run anew. The training can go on in any case.",
+        )
 
     def _init(self, begin: Begin, mode: str) -> WandbSink:
         settings = begin.settings.wandb
@@ -134,7 +180,7 @@ class WandbClient:
             id=wandb_run_id,
             name=begin.run_id,
             group=settings.group or begin.sweep,
-            project=settings.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+            project=project_of(settings),
             entity=settings.entity,
             tags=list(settings.tags) or None,
             dir=str(root),
@@ -145,7 +191,11 @@ class WandbClient:
         run.define_metric(STEP_KEY)
         run.define_metric("*", step_metric=STEP_KEY)
         next_step = max(run.starting_step, on_disk + 1)
-        return WandbSink(run, service=begin.wandb_run_id, next_step=next_step, warn=self._warn)
+        if begin.start_step and (
+            text := decide_catching_up(next_step=next_step, start_step=begin.start_step)
+        ):
+            self._note(f"{begin.run_id}: {text}")
+        return WandbSink(run, begin, next_step=next_step, warn=self._warn)
 
     def _settings(self, settings: WandbSettings, mode: str) -> wandb.Settings:
         return self._wandb.Settings(
@@ -195,11 +245,13 @@ class WandbClient:
 class WandbSink:
     """One attempt's part of a W&B run."""
 
-    def __init__(self, run: wandb.Run, *, service: str, next_step: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run, begin: Begin, *, next_step: int, warn: Callable[[str], None]) -> None:
         self.next_step = next_step
         self._run = run
-        self._service = service
+        self._begin = begin
+        self._service = begin.wandb_run_id
         self._warn = warn
+        self._summary = Summary(begin.metric, is_maximized=begin.direction == "maximize")
 
     @property
     def place(self) -> dict[str, str]:
@@ -207,6 +259,10 @@ class WandbSink:
         if self._run.offline:
             return {"wandb_dir": str(Path(self._run.dir).parent)}
         return {"wandb_url": self._run.url or ""}
+
+    def observe(self, step: int, row: Row) -> None:
+        """For the summary, which is ours: the client's own best values start anew at a resume."""
+        self._summary.add(step, row)
 
     def write(self, step: int, row: Row) -> None:
         """One row; names that begin with an underscore are W&B's own and are left out."""
@@ -219,23 +275,72 @@ class WandbSink:
     def finish(self, end: End) -> None:
         """Say truthfully how the attempt ended, and wait for the server no longer than agreed."""
         farewell = decide_farewell(end)
-        summary = {"sweeper/state": end.state, "sweeper/outcome": end.outcome, **end.summary}
+        told = {"sweeper/state": end.state, "sweeper/outcome": end.outcome, **end.summary}
         if end.value is not None:
-            summary["sweeper/value"] = end.value
-        self._run.summary.update(summary)
+            told["sweeper/value"] = end.value
+        self._run.summary.update({**self._summary.values(), **told})
         if farewell.is_preempting:
             self._run.mark_preempting()
+        deadline_s = time.monotonic() + self._begin.settings.wandb.finish_timeout_s
         try:
             self._run.finish(exit_code=farewell.exit_code)
         except TimeoutError:
-            self._warn("W&B did not take all rows in time; metrics.jsonl has them")
+            self._warn(
+                f"W&B did not take all rows of {self._begin.run_id} in time; `sweeper sync` sends them later"
+            )
             let_go(self._service)
         else:
+            if not self._run.offline:
+                self._confirm(deadline_s)
             _tear_down()
+
+    def _confirm(self, deadline_s: float) -> None:
+        """Ask W&B whether it has the last row: a client whose key was revoked ends without a word."""
+        import wandb
+
+        path, last = f"{self._run.entity}/{self._run.project}/{self._run.id}", self.next_step - 1
+        try:
+            api = wandb.Api(timeout=max(1, int(deadline_s - time.monotonic())))
+            there = api.run(path).lastHistoryStep
+            while there < last and time.monotonic() < deadline_s:
+                time.sleep(CONFIRM_POLL_S)
+                api.flush()  # type: ignore[no-untyped-call]
+                there = api.run(path).lastHistoryStep
+        except Exception as error:  # noqa: BLE001 - foreign code
+            what = " ".join(str(error).split())[:300]
+            self._warn(f"W&B does not say whether it has all rows of {self._begin.run_id} ({what}); {SYNC}")
+        else:
+            if there < last:
+                self._warn(f"W&B has the rows of {self._begin.run_id} up to step {there} of {last}; {SYNC}")
 
     def abandon(self) -> None:
         """End the service at once: nothing more is sent, and W&B is told no end."""
         let_go(self._service)
+
+
+class Summary:
+    """The summary of a run, from all its rows: the last value of each key, and the best of the metric."""
+
+    def __init__(self, metric: str, *, is_maximized: bool) -> None:
+        self._metric, self._is_maximized = metric, is_maximized
+        self._last: dict[str, Any] = {}
+        self._best: tuple[float, int] | None = None
+
+    def add(self, step: int, row: Row) -> None:
+        """One more row; steps only go up. NaN is never the best."""
+        self._last.update({key: value for key, value in row.items() if not key.startswith("_")})
+        self._last[STEP_KEY] = step
+        value = row.get(self._metric)
+        if not isinstance(value, int | float) or value != value:
+            return
+        if self._best is None or (value > self._best[0] if self._is_maximized else value < self._best[0]):
+            self._best = float(value), step
+
+    def values(self) -> dict[str, Any]:
+        """What W&B is told."""
+        if self._best is None:
+            return dict(self._last)
+        return {**self._last, "sweeper/best": self._best[0], "sweeper/best_step": self._best[1]}
 
 
 def let_go(wandb_run_id: str) -> None:

@@ -315,7 +315,7 @@ def test_never_gives_each_attempt_a_whole_run_of_its_own(
     assert server.runs[f"{WANDB_ID}-2"].steps == list(range(1, 21))
 
 
-def test_must_without_a_run_on_the_server_is_a_clear_warning(
+def test_must_without_a_run_on_the_server_is_refused_with_what_to_check(
     server: WandbServer, hire: Callable[..., Worker], run_dir: Path
 ) -> None:
     worker = hire(resume="must")
@@ -323,9 +323,10 @@ def test_must_without_a_run_on_the_server_is_a_clear_warning(
     worker.begin(run_dir, attempt=2)
     worker.end()
     events = worker.close()
-    assert "does not exist" in worker.warnings()[0]
-    assert "Check the key" in worker.warnings()[0]
-    assert any("offline-run" in e.get("wandb_dir", "") for e in events)
+    (refused,) = [event["text"] for event in events if event["event"] == "refused"]
+    assert f"W&B run {WANDB_ID} does not exist" in refused
+    assert "Check the run's id, the key, and its access to project sweeper" in refused
+    assert not (run_dir / "wandb").exists() or not list(run_dir.glob("wandb/offline-run-*"))
 
 
 def test_the_key_is_written_nowhere(
@@ -430,7 +431,7 @@ def test_a_server_that_goes_away_ends_the_waiting_in_bounded_time(
     worker.end()
     worker.wait_for("done")
     assert time.monotonic() - before < 15
-    assert worker.warnings() == ["W&B did not take all rows in time; metrics.jsonl has them"]
+    assert worker.warnings() == ["W&B did not take all rows of s.r.00001 in time; `sweeper sync` sends them later"]
 
 
 def test_online_without_a_key_is_offline_with_a_warning(hire: Callable[..., Worker], run_dir: Path) -> None:

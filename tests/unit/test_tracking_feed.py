@@ -14,7 +14,7 @@ from sweeper.states import Outcome, State
 from sweeper.tracking import MetricsLog, TensorboardSettings, TrackingSettings, WandbSettings
 from sweeper.tracking.messages import Begin, Close, End, decode, encode
 from sweeper.tracking.metrics import Row
-from sweeper.tracking.sinks import Feed
+from sweeper.tracking.sinks import REOPEN_S, Feed
 from sweeper.tracking.tensorboard_sink import event_dir
 from sweeper.tracking.wandb_sink import Farewell, decide_farewell, decide_identity, decide_mode
 
@@ -140,7 +140,11 @@ class FakeSink:
         self.next_step = next_step
         self.fails_at = fails_at
         self.rows: list[tuple[int, Row]] = []
+        self.seen: list[int] = []
         self.ending = ""
+
+    def observe(self, step: int, row: Row) -> None:
+        self.seen.append(step)
 
     def write(self, step: int, row: Row) -> None:
         if step == self.fails_at:
@@ -164,6 +168,7 @@ class Feeding:
         self.waiting = list(sinks)
         self.warnings: list[str] = []
         self.is_ours = True
+        self.now_s = 1000.0
         self.log = MetricsLog(path)
         self.feed = Feed(
             "W&B",
@@ -171,6 +176,7 @@ class Feeding:
             log_path=path,
             may_follow=lambda: self.is_ours,
             warn=self.warnings.append,
+            clock=lambda: self.now_s,
         )
 
     def open_sink(self) -> FakeSink:
@@ -219,6 +225,7 @@ def test_steps_that_are_there_already_are_not_sent(feeding: Callable[..., Feedin
         it.log.write(step, {"loss": step})
     it.feed.end(end())
     assert [step for step, _ in sink.rows] == [3, 4]
+    assert sink.seen == [1, 2, 3, 4]
 
 
 def test_a_sink_that_fails_is_opened_once_more_and_gets_the_whole_log(
@@ -240,6 +247,21 @@ def test_a_sink_that_fails_twice_is_given_up_and_the_rest_goes_on(feeding: Calla
     it.log.write(1, {"loss": 1})
     it.feed.end(end())
     it.feed.pump()
+    assert len(it.warnings) == 2
+
+
+def test_a_sink_that_fails_again_is_opened_a_minute_later(feeding: Callable[..., Feeding]) -> None:
+    third = FakeSink()
+    it = feeding(FakeSink(fails_at=1), FakeSink(fails_at=1), third)
+    for step in (1, 2):
+        it.log.write(step, {"loss": 1})
+    it.feed.pump()
+    it.now_s += REOPEN_S - 1
+    it.feed.pump()
+    assert third.rows == []
+    it.now_s += 1
+    it.feed.pump()
+    assert [step for step, _ in third.rows] == [1]
     assert len(it.warnings) == 2
 
 
