@@ -25,7 +25,7 @@ def for_run(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
     return result
 
 
-FROM_LAUNCH = ("launcher", "tracking", "storage", "resume", "retry", "lease", "data_dir")
+FROM_LAUNCH = ("launcher", "tracking", "storage", "resume", "retry", "lease", "mirror", "data_dir")
 """What a resumed run takes from the new launch; everything else is its own."""
 
 

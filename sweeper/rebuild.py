@@ -91,6 +91,16 @@ def main(directory: Path, *, storage: str, data_dir: Path) -> int:
     return EXIT_OK if is_whole else EXIT_NOT_WELL
 
 
+def read_back(name: str, data_dir: Path) -> Restored | None:
+    """One sweep as its run directories tell of it; None when none of them can be read.
+
+    Raises:
+        SweeperError: An owner of a run still lives, or no run has its configuration.
+    """
+    found, _ = _find(data_dir, name)
+    return restore(name, found[name], data_dir) if found.get(name) else None
+
+
 def _one_sweep(directory: Path) -> str | None:
     real = directory.resolve()
     return real.name if real.parent.name == "sweep" and (real / "runs").is_dir() else None

@@ -83,6 +83,7 @@ class Supervisor:
         wake_fds: File descriptors whose readability must wake the loop (signals, launcher).
         tick: Called once a turn of the loop, for tracking.
         on_save: Told how long each save took.
+        fenced: Says who has taken everything over, or nothing; then the attempt ends at once.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class Supervisor:
         wake_fds: tuple[int, ...] = (),
         tick: Callable[[], None] = lambda: None,
         on_save: Callable[[float], None] = lambda seconds: None,
+        fenced: Callable[[], str] = lambda: "",
     ) -> None:
         self._store, self._search, self._times, self._server = store, search, times, server
         self._log, self._stop_reason, self._wake_fds, self._tick = log, stop_reason, wake_fds, tick
-        self._on_save = on_save
+        self._on_save, self._fenced = on_save, fenced
 
     def run(self, run: Run, lease: Lease, spec: Spec, log_path: Path, *, on_start: OnStart) -> Ending:
         """Train one attempt to its end. The trainer and all it started are gone afterwards.
@@ -196,6 +198,8 @@ class Supervisor:
                 Outcome.LOST,
                 f"no progress for {self._times.progress_s:.0f} s (lease.progress_s; call run.progress() in long evaluations)",
             )
+        if taken := self._fenced():
+            attempt.kill_reason = Ending(Outcome.FENCED, taken)
         reason = self._stop_reason()
         if reason and stop_at_s is None:
             self._tell(attempt.channel, "stop", reason=reason)

@@ -17,9 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sweeper import __version__, checkpoints, clock, manifests, processes, recovery, rundir, slurm
+from sweeper import __version__, checkpoints, clock, costs, manifests, processes, recovery, rundir, slurm
 from sweeper.config import changes, for_run, to_yaml
 from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperError
+from sweeper.mirror import MirrorSettings, generations
+from sweeper.mirror.mirror import Mirror
 from sweeper.observer import Observer, proof_of_death
 from sweeper.records import Claim, Ending, Lease, Run, Sweep
 from sweeper.recovery import Action, Decision
@@ -37,7 +39,6 @@ from sweeper.trainer.warm import TrainerServer, num_nodes, num_ranks, uses_cuda,
 IDLE_POLL_S = 0.2
 DISK_REST_S = 5.0
 MAX_REFUSALS = 10
-WANDB_RATES = ("success_rate", "failure_rate", "fallback_rate", "gpu_seconds_saved")
 
 
 def log(text: str) -> None:
@@ -78,14 +79,18 @@ class Worker:
         self._me = processes.identify()
         self._rest_until_s, self._num_refusals = 0.0, 0
         self._grace_s: float | None = None
+        self._refusal = ""
         self._search = Search(store, sweep)
         self._times = LeaseTimes(**sweep.config["lease"])
         self._observer = Observer(ttl_s=self._times.ttl_s, proof=proof_of_death(slurm.Jobs()))
         self._tracker = Tracker(TrackingSettings.from_config(sweep.config["tracking"]))
+        self._mirror = Mirror(
+            MirrorSettings.from_config(sweep.config.get("mirror")), data_dir=data_dir, sweep=sweep.name
+        )
         self._supervisor = Supervisor(
             store, search=self._search, times=self._times, server=server, log=log,
-            stop_reason=stop.check, wake_fds=stop.fds, tick=self._show_tracking,
-            on_save=self._weigh_save if slurm.is_inside() else lambda seconds: None,
+            stop_reason=lambda: self._refusal or stop.check(), wake_fds=stop.fds, tick=self._show_tracking,
+            on_save=self._weigh_save if slurm.is_inside() else lambda seconds: None, fenced=self._look_at_copy,
         )  # fmt: skip
 
     # --- the loop --------------------------------------------------------------------------
@@ -95,7 +100,10 @@ class Worker:
         if count := self._store.adopt_orphans(self._sweep.sweep_id):
             log(f"[RESUME] {count} trials of the study had no run; they are drawn again")
         pause_s = IDLE_POLL_S
+        self._mirror.start()
         while self._stop.check() is None:
+            if taken := self._look_at_copy():
+                raise generations.fenced(self._sweep.name, taken)
             if time.monotonic() < self._rest_until_s:
                 time.sleep(IDLE_POLL_S)
                 continue
@@ -114,8 +122,10 @@ class Worker:
         return EXIT_RELEASED
 
     def close(self) -> None:
-        """Let the tracker finish what it has to send."""
-        self._tracker.close(self._tracker.settings.wandb.finish_timeout_s + 5.0)
+        """Let the tracker finish what it has to send, and the mirror what it has to copy."""
+        self._heed_tracking(self._tracker.close(self._tracker.settings.wandb.finish_timeout_s + 5.0))
+        for text in self._mirror.close():
+            log(f"[MIRROR] {text}")
 
     def _is_finished(self) -> bool:
         left, incomplete = self._store.count_left(self._sweep.sweep_id)
@@ -289,7 +299,10 @@ class Worker:
             on_start=lambda step, devices: self._track(run, lease, run_dir, step, devices),
         )
         count = self._store.budget_after(lease, ending.outcome)
-        self._finish(run, lease, run_dir, ending, count=count)
+        try:
+            self._finish(run, lease, run_dir, ending, count=count)
+        finally:
+            self._mirror.end(run_dir=run_dir, lease_epoch=lease.lease_epoch, attempt=run.attempts)
 
     def _spec(
         self, run: Run, lease: Lease, run_dir: Path, identity: Identity, config: dict[str, Any]
@@ -311,6 +324,8 @@ class Worker:
 
     def _finish(self, run: Run, lease: Lease, run_dir: Path, ending: Ending, *, count: int) -> None:
         config = self._sweep.config
+        if ending.outcome is Outcome.PREEMPTED and self._refusal:
+            ending = replace(ending, reason=self._refusal, is_config=True)
         if ending.outcome is Outcome.PREEMPTED and self._stop.reason is not None and not ending.is_config:
             outcome, reason = self._stop.cause()
             ending = replace(ending, outcome=outcome, reason=reason)
@@ -323,7 +338,7 @@ class Worker:
             outcome=ending.outcome,
             state=decision.state or State.INTERRUPTED,
             value=ending.value,
-            summary=self._figures(run, lease, ending),
+            summary=self._figures(run, ending),
         )
         if decision.action is Action.SETTLE:
             assert decision.state is not None
@@ -375,31 +390,40 @@ class Worker:
     def _track(
         self, run: Run, lease: Lease, run_dir: Path, start_step: int, devices: Mapping[str, Any]
     ) -> None:
+        keep_last = int(self._sweep.config["checkpoint"]["keep_last"])
+        self._mirror.begin(
+            run_dir=run_dir, lease_epoch=lease.lease_epoch, attempt=run.attempts, keep_last=keep_last
+        )
         config = for_run(self._sweep.config, run.params)["trainer"]
         self._tracker.begin(
             run_dir=run_dir, run_id=run.run_id, sweep=self._sweep.name, wandb_run_id=run.wandb_run_id, attempt=run.attempts,
             lease_epoch=lease.lease_epoch, config={**config, "trial": run.trial, "seed": run.seed, **devices},
             metric=self._sweep.metric, direction=self._sweep.direction, start_step=start_step,
-            keep_last=int(self._sweep.config["checkpoint"]["keep_last"]),
+            keep_last=keep_last,
         )  # fmt: skip
 
-    def _figures(self, run: Run, lease: Lease, ending: Ending) -> dict[str, Any]:
-        """What W&B's summary says of the run's failures and how it was resumed, and of its sweep's so far."""
+    def _figures(self, run: Run, ending: Ending) -> dict[str, Any]:
         if not self._tracker.settings.is_enabled:
             return {}
-        (steps, resumption), (_, of_sweep) = self._store.costs(run)
+        of_run, (_, of_sweep) = self._store.costs(run)
         causes = [*self._store.causes(run.run_id), str(ending.outcome)]
-        figures = {
-            "attempts": run.attempts, "causes": ", ".join(causes), "steps_recovered": steps["recovered"],
-            "steps_lost": steps["lost"], "goodput": steps["goodput"], "resume_latency_s": resumption["latency_s"],
-        }  # fmt: skip
-        rates = {f"sweep_{name}": of_sweep[name] for name in WANDB_RATES}  # type: ignore[literal-required]
-        return {f"sweeper/{key}": value for key, value in {**figures, **rates}.items() if value is not None}
+        return costs.figures(run.attempts, causes, of_run, of_sweep)
+
+    def _look_at_copy(self) -> str:
+        """Who has taken over the copy of the sweep; empty as long as it is ours."""
+        for text in self._mirror.poll():
+            log(f"[MIRROR] {text}")
+        return self._mirror.fenced
 
     def _show_tracking(self) -> None:
-        for event in self._tracker.poll():
-            if event["event"] == "warning":
+        self._heed_tracking(self._tracker.poll())
+
+    def _heed_tracking(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            if event["event"] in ("warning", "note"):
                 log(f"[TRACKING] {event['text']}")
+            elif event["event"] == "refused":
+                self._refusal = str(event["text"])
 
 
 # --- acts that crashes may interrupt anywhere ------------------------------------------------
@@ -583,6 +607,9 @@ def _work(
         server.go_plain()
     threads = int(os.environ.get("SWEEPER_THREADS", "1"))
     check_data_dir(store, found, data_dir)
+    generations.check_token(
+        MirrorSettings.from_config(found.config.get("mirror")).url, sweep, data_dir=data_dir
+    )
     tidy_final(store, found, data_dir)
     worker = Worker(
         store,

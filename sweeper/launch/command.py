@@ -228,20 +228,68 @@ def prepare(settings: Settings) -> tuple[Sweep, Store]:
         NotWell: resume.mode=must, and nothing resumes.
     """
     new = settings.new
+    arrived = _join_copy(settings)
     create_database(settings.storage, allow_network_file_system=settings.allow_network_file_system)
     store = Store(settings.storage, allow_network_file_system=settings.allow_network_file_system)
     config = _with_deadline(new.config, store)
     found = store.find_sweep(new.name)
+    if found is None and new.config["mirror"]["url"] is not None:
+        found = _rebuild(store, settings)
     if found is None:
         _refuse_foreign_directories(settings)
         store.create_sweep(new)
         store.update_sweep(new.name, n_trials=new.n_trials, config=config)
     else:
+        _refuse_unknown(store, found, arrived, settings)
         _continue(store, found, settings, config)
     sweep = store.sweep(new.name)
     if new.config["resume"]["mode"] == "must":
         _must_resume(store, sweep, settings.data_dir)
     return sweep, store
+
+
+def _join_copy(settings: Settings) -> list[str]:
+    """Make the copy of the sweep ours, where there is one; returns the runs that have come from it.
+
+    Raises:
+        SystemExit: It failed and has said why, e.g. because another machine holds it (76).
+    """
+    url, name = settings.new.config["mirror"]["url"], settings.new.name
+    from sweeper.mirror import generations, joining
+
+    if url is None:
+        if (token := generations.read_token(settings.data_dir, name)) is not None:
+            print(f"[MIRROR] mirror.url is not given: the copy {token.url} is not kept up", file=sys.stderr)
+        return []
+
+    return joining.in_child("join", url, name, data_dir=settings.data_dir)
+
+
+def _rebuild(store: Store, settings: Settings) -> Sweep | None:
+    """The sweep of a database that lacks it, made from its run directories; None where there are none."""
+    from sweeper import rebuild
+
+    name = settings.new.name
+    sweep = rebuild.read_back(name, settings.data_dir)
+    if sweep is None:
+        return None
+    store.restore(sweep)
+    open_runs = sum(1 for run in sweep.runs if not run.state.is_final)
+    print(
+        f"[MIRROR] sweep {name}: the database is made anew from {len(sweep.runs)} runs, {open_runs} of them incomplete",
+        file=sys.stderr,
+    )
+    return store.sweep(name)
+
+
+def _refuse_unknown(store: Store, found: Sweep, arrived: list[str], settings: Settings) -> None:
+    """A database that knows the sweep, but not the runs that have come, is another history of it."""
+    known = {run.run_id for run in store.runs(found.sweep_id)}
+    if strange := [run_id for run_id in arrived if run_id not in known]:
+        raise ConfigError(
+            f"the database knows sweep {found.name!r}, but not {strange[0]} of the copy",
+            do="Launch with a fresh data directory (data_dir=…), or another database (storage.url=…).",
+        )
 
 
 def _with_deadline(config: dict[str, Any], store: Store) -> dict[str, Any]:
@@ -341,5 +389,9 @@ def resume(name: str, *, storage: str, data_dir: Path, template: Template | None
         if run.state.is_final:
             print(f"run {name} is {run.state}; there is nothing to resume", file=sys.stderr)
             return EXIT_OK if run.state == "completed" else EXIT_NOT_WELL
+    if url := (sweep.config.get("mirror") or {}).get("url"):
+        from sweeper.mirror import joining
+
+        joining.in_child("check", url, sweep.name, data_dir=data_dir)
     store.update_sweep(sweep.name, n_trials=sweep.n_trials, config=_with_deadline(sweep.config, store))
     return start(store.sweep(sweep.name), store, storage=storage, data_dir=data_dir, template=template)

@@ -22,6 +22,7 @@ from types import FrameType
 from sweeper import clock
 from sweeper.errors import (
     EXIT_CONFIG,
+    EXIT_FENCED,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_RELEASED,
@@ -247,7 +248,11 @@ class Local:
         if slot.pipe is not None:
             os.close(slot.pipe)
             slot.pipe = None
-        if self._stop is None and code not in (EXIT_OK, EXIT_CONFIG) and self._is_work_left(display):
+        if (
+            self._stop is None
+            and code not in (EXIT_OK, EXIT_CONFIG, EXIT_FENCED)
+            and self._is_work_left(display)
+        ):
             self._plan_respawn(slot, display, code)
 
     def _plan_respawn(self, slot: Slot, display: Display, code: int) -> None:
@@ -295,8 +300,9 @@ class Local:
             )
             return EXIT_INTERRUPTED if self._stop == signal.SIGINT else EXIT_RELEASED
         codes = [slot.exit_code for slot in self._slots]
-        if EXIT_CONFIG in codes:
-            return EXIT_CONFIG
+        for code in (EXIT_CONFIG, EXIT_FENCED):  # neither is better when it is tried again
+            if code in codes:
+                return code
         is_late = self._stop_at_s is not None and clock.wall_s() >= self._stop_at_s
         return final_report(self._sweep, storage=self._storage, data_dir=self._data_dir, is_late=is_late)
 

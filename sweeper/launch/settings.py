@@ -22,7 +22,18 @@ from sweeper.records import NewSweep
 from sweeper.search import grid, is_grid, make, space_of
 from sweeper.trainer.settings import check as check_checkpoint
 
-OURS = ("sampler", "pruner", "launcher", "checkpoint", "retry", "resume", "lease", "tracking", "sweep")
+OURS = (
+    "sampler",
+    "pruner",
+    "launcher",
+    "checkpoint",
+    "retry",
+    "resume",
+    "lease",
+    "mirror",
+    "tracking",
+    "sweep",
+)
 """Groups a worker reads: resolved once, at the launch."""
 
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
@@ -253,7 +264,11 @@ def check_values(config: dict[str, Any]) -> None:
         "Name an importable function, e.g. my_package.my_module.train.",
     )
     from sweeper.launch.tensorboard import BoardSettings
+    from sweeper.mirror import MirrorSettings
     from sweeper.tracking import TrackingSettings
+
+    # As workers elsewhere shall see it: absolute.
+    config["mirror"]["url"] = MirrorSettings.from_config(config["mirror"]).url
 
     TrackingSettings.from_config(config["tracking"])
     BoardSettings.from_config(config["tracking"])

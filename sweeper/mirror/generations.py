@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sweeper import fsops, rundir
-from sweeper.errors import Fenced, SweeperError
+from sweeper.errors import ConfigError, Fenced, SweeperError
 from sweeper.mirror.bucket import Bucket
 
 TOKEN_FILE = "mirror.json"
 MAX_GENERATION_BYTES = 64 << 10
+_ADVICE = (
+    "Nothing more is written from here. To go on here all the same, launch with a fresh data directory (data_dir=…): "
+    "it takes over in its turn and fetches the newer copy."
+)
 _NAME = re.compile(r"generations/([0-9]{8})\.json\Z")
 
 
@@ -142,6 +146,11 @@ def overtaken(newer: Generation, number: int) -> str:
     )
 
 
+def fenced(sweep: str, reason: str) -> Fenced:
+    """The error of a machine whose copy was taken over."""
+    return Fenced(f"sweep {sweep} goes on elsewhere", why=reason, do=_ADVICE)
+
+
 # --- the data directory's end ------------------------------------------------------------------
 
 
@@ -178,3 +187,20 @@ def write_token(data_dir: Path, token: Token) -> None:
     path = token_path(data_dir, token.sweep)
     os.makedirs(path.parent, mode=0o700, exist_ok=True)
     fsops.replace(path, rundir.to_json(asdict(token)))
+
+
+def check_token(url: str | None, sweep: str, *, data_dir: Path) -> Token | None:
+    """The token for the copy at `url`; None where nothing is copied. Asks nobody.
+
+    Raises:
+        ConfigError: This data directory holds none, or has not fetched everything yet.
+    """
+    if url is None:
+        return None
+    token = read_token(data_dir, sweep)
+    if token is None or token.url != url or not token.is_restored:
+        raise ConfigError(
+            f"{data_dir} holds no generation of the copy {url}",
+            do=f"`sweeper launch` with mirror.url={url} claims it, and fetches what there is of sweep {sweep}.",
+        )
+    return token

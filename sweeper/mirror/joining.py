@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from sweeper import arrivals
-from sweeper.errors import ConfigError, Fenced, Released
+from sweeper.companion import environment
+from sweeper.errors import EXIT_INTERRUPTED, EXIT_OK, Released, SweeperError
 from sweeper.mirror import generations
 from sweeper.mirror.bucket import Bucket
 from sweeper.mirror.copier import Copy
@@ -18,13 +22,8 @@ from sweeper.mirror.generations import Generation, Step, Token
 
 _LOCK_FILE = ".mirror.lock"
 
-ADVICE = (
-    "Nothing more is written from here. To go on here all the same, launch with a fresh data directory (data_dir=…): "
-    "it takes over in its turn and fetches the newer copy."
-)
 
-
-def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) -> None:
+def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) -> list[str]:
     """Make the copy of a sweep this data directory's, and fetch the runs that it holds.
 
     Safe to repeat after a crash at any point: what was claimed stays claimed, what was fetched is kept.
@@ -34,6 +33,9 @@ def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) ->
         sweep: Its name.
         data_dir: Where the runs go.
         say: Takes texts for people.
+
+    Returns:
+        The runs that have arrived now.
 
     Raises:
         Fenced: Another machine holds a newer generation, or has just claimed this one.
@@ -49,14 +51,13 @@ def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) ->
         except OSError as error:
             if token is not None and token.url == url and token.is_restored:
                 say(f"the copy {url} cannot be reached ({error}); its generation is looked at again later")
-                return
+                return []
             raise Released(
                 f"the copy {url} cannot be reached",
                 why=str(error),
                 do="Check the address and the store's own credentials; nothing was started.",
             ) from error
-        if not token.is_restored:
-            _fetch(url, token, data_dir=data_dir, say=say)
+        return [] if token.is_restored else _fetch(url, token, data_dir=data_dir, say=say)
 
 
 def _hold(url: str, sweep: str, token: Token | None, *, data_dir: Path, say: Callable[[str], None]) -> Token:
@@ -65,7 +66,7 @@ def _hold(url: str, sweep: str, token: Token | None, *, data_dir: Path, say: Cal
     newest = generations.newest(bucket)
     step, reason = generations.decide(token, newest, url=url)
     if step is Step.REFUSE:
-        raise fenced(sweep, reason)
+        raise generations.fenced(sweep, reason)
     if step is Step.GO_ON:
         assert token is not None
         return token
@@ -83,10 +84,10 @@ def _announce(sweep: str, newest: Generation | None, number: int, *, url: str) -
     return f"found a copy of sweep {sweep} at {url}: {newest}; taking over as generation {number}"
 
 
-def _fetch(url: str, token: Token, *, data_dir: Path, say: Callable[[str], None]) -> None:
+def _fetch(url: str, token: Token, *, data_dir: Path, say: Callable[[str], None]) -> list[str]:
     source = Copy(Bucket.open(url, token.sweep), url)
     try:
-        arrivals.fetch_sweep(source, token.sweep, data_dir=data_dir, say=say)
+        arrived = arrivals.fetch_sweep(source, token.sweep, data_dir=data_dir, say=say)
     except OSError as error:
         raise Released(
             f"the copy {url} could not be fetched",
@@ -94,6 +95,7 @@ def _fetch(url: str, token: Token, *, data_dir: Path, say: Callable[[str], None]
             do="Run the same command again; what has arrived is kept.",
         ) from error
     generations.write_token(data_dir, replace(token, is_restored=True))
+    return [arrival.run_id for arrival in arrived if arrival.is_new]
 
 
 def check(url: str, sweep: str, *, data_dir: Path) -> None:
@@ -102,21 +104,12 @@ def check(url: str, sweep: str, *, data_dir: Path) -> None:
     Raises:
         ConfigError: It never held one.
     """
-    token = generations.read_token(data_dir, sweep)
-    if token is None or token.url != url or not token.is_restored:
-        raise ConfigError(
-            f"{data_dir} holds no generation of the copy {url}",
-            do=f"`sweeper launch` with mirror.url claims it, and fetches what there is of sweep {sweep}.",
-        )
+    token = generations.check_token(url, sweep, data_dir=data_dir)
+    assert token is not None
     with contextlib.suppress(OSError):
         newest = generations.newest(Bucket.open(url, sweep))
         if generations.decide(token, newest, url=url)[0] is Step.REFUSE and newest is not None:
-            raise fenced(sweep, generations.overtaken(newest, token.generation))
-
-
-def fenced(sweep: str, reason: str) -> Fenced:
-    """The error of a machine whose copy was taken over."""
-    return Fenced(f"sweep {sweep} goes on elsewhere", why=reason, do=ADVICE)
+            raise generations.fenced(sweep, generations.overtaken(newest, token.generation))
 
 
 @contextlib.contextmanager
@@ -134,3 +127,51 @@ def _exclusively(sweep_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+# --- in a process of its own -------------------------------------------------------------------
+
+
+def in_child(verb: str, url: str, sweep: str, *, data_dir: Path) -> list[str]:
+    """`join` or `check` in a child: clients of stores start threads, and a launcher that forks must have none.
+
+    Returns:
+        The runs that have arrived.
+
+    Raises:
+        SystemExit: It failed and has said why; with its exit code.
+    """
+    argv = [sys.executable, "-P", "-m", "sweeper.mirror.joining", verb, url, sweep, os.path.abspath(data_dir)]
+    child = subprocess.run(argv, stdout=subprocess.PIPE, env=environment(), check=False)
+    if child.returncode != EXIT_OK:
+        raise SystemExit(child.returncode if child.returncode > 0 else 1)
+    arrived: list[str] = json.loads(child.stdout)
+    return arrived
+
+
+def main(arguments: list[str]) -> int:
+    """Do what `in_child` was asked for; the last line on stdout is the answer."""
+    verb, url, sweep, data_dir = arguments
+    arrived: list[str] = []
+    try:
+        if verb == "check":
+            check(url, sweep, data_dir=Path(data_dir))
+        else:
+            arrived = join(url, sweep, data_dir=Path(data_dir), say=_say)
+    except SweeperError as error:
+        print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    print(json.dumps(arrived))
+    return EXIT_OK
+
+
+def _say(text: str) -> None:
+    print(f"[MIRROR] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # a client's threads may hang

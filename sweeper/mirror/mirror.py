@@ -42,6 +42,7 @@ class Mirror:
         self._left: list[str] = []
         self._not_before_s = 0.0
         self._is_closed = False
+        self._keep_last = 3
         self.fenced = ""
 
     @property
@@ -59,19 +60,20 @@ class Mirror:
                 self._companion.send(message)
 
     def begin(self, *, run_dir: Path, lease_epoch: int, attempt: int, keep_last: int) -> None:
-        """An attempt begins: copy the run now, and after each commit."""
-        self._say("begin", run_dir, lease_epoch, attempt, keep_last)
+        """An attempt begins: copy the run now, and after each commit, with so many checkpoints."""
+        self._keep_last = keep_last
+        self._say("begin", run_dir, lease_epoch, attempt)
 
-    def end(self, *, run_dir: Path, lease_epoch: int, attempt: int, keep_last: int) -> None:
+    def end(self, *, run_dir: Path, lease_epoch: int, attempt: int) -> None:
         """The attempt is over, and the directory is as it shall be: copy it once more."""
-        self._say("end", run_dir, lease_epoch, attempt, keep_last)
+        self._say("end", run_dir, lease_epoch, attempt)
 
-    def _say(self, do: str, run_dir: Path, lease_epoch: int, attempt: int, keep_last: int) -> None:
+    def _say(self, do: str, run_dir: Path, lease_epoch: int, attempt: int) -> None:
         if not self._settings.is_enabled or self.fenced:
             return
         message = {
             "do": do, "run_dir": os.path.abspath(run_dir), "lease_epoch": lease_epoch, "attempt": attempt,
-            "keep_last": keep_last,
+            "keep_last": self._keep_last,
         }  # fmt: skip
         self._messages[run_dir.name] = message
         if self.pid is not None:
