@@ -59,7 +59,7 @@ leave() {
     tries=$((tries + 1))
     # A destroy that is refused again and again: stopped costs less than running.
     if [ "$what" = stop ] || [ "$tries" -gt 5 ]; then api PUT '{"state":"stopped"}' || true; fi
-    sleep "$retry_s"
+    sleep $((retry_s < 1 ? 1 : retry_s))
     say "still here; VastAI is asked again to $what this instance"
   done
 }
@@ -103,7 +103,7 @@ save_all() {
     for try in 1 2 3 4 5; do
       say "save: $step"
       if line "$step"; then continue 2; fi
-      sleep $((retry_s * try))
+      if [ "$try" -lt 5 ]; then sleep $((retry_s * try)); fi
     done
     return 1
   done
@@ -139,7 +139,7 @@ once() {
 
 # Whatever hangs or dies elsewhere, this ends the instance.
 watch() {
-  local warned= group
+  local warned='' group
   while sleep "$tick_s"; do
     echo $((used + $(now) - began)) >"$work/used.tmp" && mv "$work/used.tmp" "$work/used" || true
     if (($(now) >= end)); then
@@ -167,7 +167,7 @@ began=$(now)
 end=$((began + limit_s - used))
 # What was kept because its copy was not complete gets another quarter of an hour.
 if [ -e kept ] && [ "$end" -lt $((began + 900)) ]; then end=$((began + 900)); fi
-tick_s=$((retry_s < 5 ? retry_s : 5))
+tick_s=$((retry_s < 1 ? 1 : retry_s < 5 ? retry_s : 5))
 main=$$
 rm -f ended child
 say "began: $((end - $(now))) s are left"

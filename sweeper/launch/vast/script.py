@@ -36,7 +36,7 @@ def script(
         "LIMIT_S": str(max(1, int(limit_s))),
         "GRACE_S": str(int(min(plan.grace_s, limit_s / 4))),
         "LINGER_S": f"{plan.linger_s:g}",
-        "RETRY_S": str(max(1, round(plan.poll_s))),
+        "RETRY_S": str(round(plan.poll_s)),
         "SHUTDOWN": "yes" if plan.auto_shutdown else "no",
         "FRESH": "yes" if is_fresh else "no",
         "GIT_URL": plan.git_url or "",
