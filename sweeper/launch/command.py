@@ -360,6 +360,7 @@ def start(
 
     if left == 0 and incomplete == 0:
         print(f"sweep {sweep.name} is complete: all {sweep.n_trials} trials are done", file=sys.stderr)
+        _copy_rest(sweep, data_dir)
         return progress.final_report(sweep.name, storage=storage, data_dir=data_dir)
     if sweep.config["launcher"]["kind"] == "slurm":
         from sweeper.launch import slurm
@@ -371,6 +372,19 @@ def start(
         sweep, storage=storage, data_dir=data_dir, num_left=left + incomplete,
         is_detached=flags.is_detached, template=template,
     )  # fmt: skip
+
+
+def _copy_rest(sweep: Sweep, data_dir: Path) -> None:
+    """Copy what ended while the store refused; no worker starts any more that would."""
+    from sweeper.mirror import MirrorSettings
+    from sweeper.mirror.mirror import Mirror
+
+    mirror = Mirror(
+        MirrorSettings.from_config(sweep.config.get("mirror")), data_dir=data_dir, sweep=sweep.name
+    )
+    mirror.start()
+    for text in mirror.close():
+        print(f"[MIRROR] {text}", file=sys.stderr)
 
 
 def resume(name: str, *, storage: str, data_dir: Path, template: Template | None = None) -> int:
