@@ -351,21 +351,20 @@ def write_result(
         Fenced: A newer owner's result is there, and stays.
     """
     path = run_dir / RESULT_FILE
-    data = to_json(
-        {
-            "run_id": run_dir.name,
-            "lease_epoch": lease_epoch,
-            "state": state,
-            "value": value,
-            "reason": reason,
-            **more,
-        }
-    )
+    data = result_json(run_dir.name, lease_epoch=lease_epoch, state=state, value=value, reason=reason, **more)
     try:
         fsops.create(path, data)
     except FileExistsError:
         move_result_aside(run_dir, lease_epoch=lease_epoch)
         fsops.create(path, data)
+
+
+def result_json(
+    run_id: str, *, lease_epoch: int, state: str, value: float | None, reason: str, **more: Any
+) -> bytes:
+    """What result.json holds."""
+    known = {"run_id": run_id, "lease_epoch": lease_epoch, "state": state, "value": value, "reason": reason}
+    return to_json({**known, **more})
 
 
 def move_result_aside(run_dir: Path, *, lease_epoch: int) -> Path:

@@ -36,6 +36,8 @@ FLAGS = {
     "--wait": "is_waiting",
     "--auto-shutdown": "is_shut_down",
 }
+OPTIONS = {"--resume-from-wandb": "resume_from_wandb", "--resume-mode": "tracking.wandb.resume"}
+"""Options that are another spelling of a key."""
 KINDS = ("local", "slurm", "vast")
 
 
@@ -127,9 +129,15 @@ def _may_hold_password(override: str) -> bool:
 
 def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
     flags, rest = Flags(), []
-    for argument in argv:
+    arguments = iter(argv)
+    for argument in arguments:
+        name, has_value, value = argument.partition("=")
         if argument in FLAGS:
             setattr(flags, FLAGS[argument], True)
+        elif name in OPTIONS:
+            if not (value := value if has_value else next(arguments, "")):
+                raise UsageError(f"{name} needs a value", do=f"Use {name} VALUE, or {OPTIONS[name]}=VALUE.")
+            rest.append(rundir.override(OPTIONS[name], value))
         else:
             rest.append(argument)
     return flags, rest
@@ -228,12 +236,14 @@ def prepare(settings: Settings) -> tuple[Sweep, Store]:
         NotWell: resume.mode=must, and nothing resumes.
     """
     new = settings.new
-    arrived = _join_copy(settings)
+    arrived = [*_join_copy(settings), *_fetch_from_wandb(settings)]
     create_database(settings.storage, allow_network_file_system=settings.allow_network_file_system)
     store = Store(settings.storage, allow_network_file_system=settings.allow_network_file_system)
     config = _with_deadline(new.config, store)
     found = store.find_sweep(new.name)
-    if found is None and new.config["mirror"]["url"] is not None:
+    is_fetched = new.config["mirror"]["url"] is not None or settings.resume_from_wandb is not None
+    is_made_anew = found is None and is_fetched
+    if is_made_anew:
         found = _rebuild(store, settings)
     if found is None:
         _refuse_foreign_directories(settings)
@@ -242,6 +252,8 @@ def prepare(settings: Settings) -> tuple[Sweep, Store]:
     else:
         _refuse_unknown(store, found, arrived, settings)
         _continue(store, found, settings, config)
+        if is_made_anew and settings.resume_from_wandb is not None and settings.resume_from_wandb.run_id:
+            _only_what_is_there(store, new.name)
     sweep = store.sweep(new.name)
     if new.config["resume"]["mode"] == "must":
         _must_resume(store, sweep, settings.data_dir)
@@ -265,6 +277,37 @@ def _join_copy(settings: Settings) -> list[str]:
     return joining.in_child("join", url, name, data_dir=settings.data_dir)
 
 
+def _fetch_from_wandb(settings: Settings) -> list[str]:
+    """Fetch what resume_from_wandb names; returns the runs that are here now.
+
+    Raises:
+        SystemExit: It failed and has said why.
+    """
+    if settings.resume_from_wandb is None:
+        return []
+    from sweeper.tracking import TrackingSettings
+    from sweeper.tracking.wandb_source import fetch_in_child
+
+    config = settings.new.config
+    return fetch_in_child(
+        settings.resume_from_wandb, TrackingSettings.from_config(config["tracking"]).wandb,
+        data_dir=settings.data_dir, overwrite=config["resume"]["overwrite"],
+    )  # fmt: skip
+
+
+def _only_what_is_there(store: Store, name: str) -> None:
+    """One run was asked for: no other trial is drawn."""
+    sweep = store.sweep(name)
+    left, _ = store.count_left(sweep.sweep_id)
+    if left:
+        store.update_sweep(name, n_trials=sweep.n_trials - left, config=sweep.config)
+        print(
+            f"[W&B] sweep {name}: one run was asked for, so that no other trial is drawn; "
+            "a launch without resume_from_wandb draws the rest",
+            file=sys.stderr,
+        )
+
+
 def _rebuild(store: Store, settings: Settings) -> Sweep | None:
     """The sweep of a database that lacks it, made from its run directories; None where there are none."""
     from sweeper import rebuild
@@ -276,7 +319,7 @@ def _rebuild(store: Store, settings: Settings) -> Sweep | None:
     store.restore(sweep)
     open_runs = sum(1 for run in sweep.runs if not run.state.is_final)
     print(
-        f"[MIRROR] sweep {name}: the database is made anew from {len(sweep.runs)} runs, {open_runs} of them incomplete",
+        f"[RESUME] sweep {name}: the database is made anew from {len(sweep.runs)} runs, {open_runs} of them incomplete",
         file=sys.stderr,
     )
     return store.sweep(name)
@@ -287,7 +330,7 @@ def _refuse_unknown(store: Store, found: Sweep, arrived: list[str], settings: Se
     known = {run.run_id for run in store.runs(found.sweep_id)}
     if strange := [run_id for run_id in arrived if run_id not in known]:
         raise ConfigError(
-            f"the database knows sweep {found.name!r}, but not {strange[0]} of the copy",
+            f"the database knows sweep {found.name!r}, but not {strange[0]}, which has come",
             do="Launch with a fresh data directory (data_dir=…), or another database (storage.url=…).",
         )
 
@@ -383,8 +426,7 @@ def _copy_rest(sweep: Sweep, data_dir: Path) -> None:
         MirrorSettings.from_config(sweep.config.get("mirror")), data_dir=data_dir, sweep=sweep.name
     )
     mirror.start()
-    for text in mirror.close():
-        print(f"[MIRROR] {text}", file=sys.stderr)
+    mirror.close(lambda text: print(f"[MIRROR] {text}", file=sys.stderr))
 
 
 def resume(name: str, *, storage: str, data_dir: Path, template: Template | None = None) -> int:

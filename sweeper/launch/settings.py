@@ -20,6 +20,7 @@ from sweeper.config import check_key
 from sweeper.errors import ConfigError
 from sweeper.records import NewSweep
 from sweeper.search import grid, is_grid, make, space_of
+from sweeper.tracking.wandb_source import Wanted
 from sweeper.trainer.settings import check as check_checkpoint
 
 OURS = (
@@ -48,6 +49,7 @@ class Settings:
     storage: str
     allow_network_file_system: bool
     data_dir: Path
+    resume_from_wandb: Wanted | None = None
 
     @property
     def launcher(self) -> dict[str, Any]:
@@ -76,6 +78,12 @@ def read(cfg: DictConfig, *, command: Sequence[str] = ()) -> Settings:
     assert isinstance(storage, dict)
     sweep = config["sweep"]
     sweep["params"] = sweep.get("params") or {}
+    wanted = Wanted.parse(str(name)) if (name := config.pop("resume_from_wandb")) is not None else None
+    if wanted is not None and wanted.sweep != sweep["name"]:
+        raise ConfigError(
+            f"resume_from_wandb={name} is of sweep {wanted.sweep!r}, and this is sweep {sweep['name']!r}",
+            do=f"Launch with sweep.name={wanted.sweep}.",
+        )
     check_values(config)
     check_trainer(str(config["trainer"]["_target_"]))
     check_command(cfg)
@@ -92,7 +100,7 @@ def read(cfg: DictConfig, *, command: Sequence[str] = ()) -> Settings:
         sweep["name"], sweep["seed"], n_trials, sweep["metric"], sweep["direction"], config, points
     )
     return Settings(
-        new, str(storage["url"]), bool(storage["allow_network_file_system"]), Path(str(cfg.data_dir))
+        new, str(storage["url"]), bool(storage["allow_network_file_system"]), Path(str(cfg.data_dir)), wanted
     )
 
 
@@ -195,6 +203,12 @@ def check_values(config: dict[str, Any]) -> None:
         "resume.mode",
         config["resume"]["mode"],
         "Use auto, must or never.",
+    )
+    _need(
+        isinstance(config["resume"]["overwrite"], bool),
+        "resume.overwrite",
+        config["resume"]["overwrite"],
+        "Use true or false.",
     )
     _need(
         config["resume"]["on_invalid"] in ("fresh", "fail"),

@@ -17,6 +17,7 @@ STEPS_PER_EPOCH = 10
 
 def train(cfg, run):
     gate = Path(os.environ["GATE"])
+    is_gated = run.spec.trial >= int(os.environ.get("GATED_FROM", "0"))
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -24,7 +25,7 @@ def train(cfg, run):
     loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
     loss = torch.zeros(())
     for inputs, targets in loop.batches(epochs=cfg.epochs):
-        while int(gate.read_text()) < loop.step:
+        while is_gated and int(gate.read_text()) < loop.step:
             time.sleep(0.01)
             run.progress()
         loss = (model(inputs) - targets).square().mean()

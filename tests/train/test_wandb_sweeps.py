@@ -177,7 +177,6 @@ def test_a_run_hit_by_kills_and_terms_is_in_wandb_as_if_undisturbed(
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, what) if what is signal.SIGKILL else os.killpg(os.getpgid(pid), what)
             hit.add(f"{what.name} {name}")
-            print(number, what.name, pid, name, storm.step())
     storm.open_gate(1 << 30)
     while (code := launcher.wait(timeout=LIMIT_S)) in (75, -signal.SIGKILL, -signal.SIGTERM):
         launcher = storm.start(epochs)
@@ -226,23 +225,73 @@ def test_a_server_that_is_away_all_the_time_gets_everything_by_sync(
 def test_must_without_the_run_ends_the_worker_and_loses_nothing(tmp_path: Path, server: WandbServer) -> None:
     sweep = Sweep(tmp_path / "must", server)
     sweep.open_gate(20)
-    launcher = sweep.start("trainer.epochs=5")
+    launcher = sweep.start("trainer.epochs=500")
     until(lambda: sweep.step() >= 20, "20 steps are trained")
     launcher.send_signal(signal.SIGTERM)
+    until(lambda: "stopping" in sweep.log(), "it stops")
+    sweep.open_gate(22)
     assert launcher.wait(timeout=LIMIT_S) == 75
     name = sweep.wandb_run().name
     with server.changed:
         del server.runs[name]
-    launcher = sweep.start("trainer.epochs=5", "tracking.wandb.resume=must")
-    until(lambda: f"W&B run {name} does not exist" in sweep.log(), "it is refused")
+    launcher = sweep.start("trainer.epochs=500", "tracking.wandb.resume=must")
     sweep.open_gate(30)
-    assert launcher.wait(timeout=LIMIT_S) == 78, sweep.log()
+    until(lambda: sweep.step() >= 30, "the training goes on meanwhile")
+    until(lambda: server.operations.count("RunResumeStatus") >= 2, "the client asks")
+    for step in range(31, 5000):  # it stops at a step boundary
+        sweep.open_gate(step)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(timeout=0.05)
+            break
+    assert launcher.returncode == 78, sweep.log()
     assert "Check the run's id, the key, and its access to project simple" in sweep.log()
     assert json.loads(sweep.run("status", "simple.r.00000", "--json").stdout)["state"] == "interrupted"
 
     sweep.open_gate(1 << 30)
-    assert sweep.start("trainer.epochs=5").wait(timeout=LIMIT_S) == 0, sweep.log()
+    assert sweep.start("trainer.epochs=500").wait(timeout=LIMIT_S) == 0, sweep.log()
     same(sweep.wandb_run().history, sweep.rows())
+
+
+def weights(sweep: Sweep) -> list[bytes]:
+    """The final weights of each run."""
+    found = (max(path.glob("checkpoints/step_*")) / "model.pth" for path in sweep.run_dirs())
+    return [path.read_bytes() for path in found]
+
+
+def test_a_run_goes_on_on_a_machine_that_has_nothing_but_wandb(tmp_path: Path, server: WandbServer) -> None:
+    """Machine A trains trials 0 and half of 1, and dies. B fetches one run, C the whole sweep."""
+    calm = Sweep(tmp_path / "calm", None)
+    assert calm.start("sweep.n_trials=3", "trainer.epochs=5").wait(timeout=LIMIT_S) == 0, calm.log()
+
+    common = ("sweep.n_trials=3", "trainer.epochs=5", "tracking.wandb.upload_checkpoints=last")
+    there = Sweep(tmp_path / "a", server, more={"GATED_FROM": "1"})
+    there.open_gate(25)
+    there.start(*common)
+    until(lambda: len(there.run_dirs()) == 2 and len(there.rows(1)) == 25, "the second trial trains")
+    name = json.loads((there.run_dirs()[1] / "run.json").read_text())["wandb_run_id"]
+    until(lambda: server.versions(f"{name}-checkpoint"), "a checkpoint is in W&B")
+    for pid in there.processes():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not there.processes(), "machine A is dead")
+    there.data_dir.rename(tmp_path / "burnt")
+
+    alone = Sweep(tmp_path / "b", server)
+    launched = alone.start(*common, f"resume_from_wandb={name}", "tracking.wandb.resume=must")
+    assert launched.wait(timeout=LIMIT_S) == 0, alone.log()
+    assert "[W&B] simple.r.00001: fetched (step" in alone.log()
+    assert [path.name for path in alone.run_dirs()] == ["simple.r.00001"]
+    assert weights(alone) == weights(calm)[1:2]
+    assert "no checkpoint found" not in "".join(p.read_text() for p in alone.data_dir.rglob("attempt_*.log"))
+    same(server.runs[name].history, calm.rows(1))
+    assert (server.runs[name].state, server.violations, len(server.runs)) == ("finished", {}, 2)
+
+    whole = Sweep(tmp_path / "c", server)
+    assert whole.start(*common, "resume_from_wandb=simple").wait(timeout=LIMIT_S) == 0, whole.log()
+    results = [json.loads((path / "result.json").read_text())["value"] for path in whole.run_dirs()]
+    assert results == [json.loads((path / "result.json").read_text())["value"] for path in calm.run_dirs()]
+    assert len(server.runs) == 3
+    assert weights(whole) == weights(calm)
+    assert server.violations == {}
 
 
 def test_a_key_that_is_revoked_in_the_middle_is_told_and_costs_no_row(

@@ -27,6 +27,7 @@ API_KEY = "c0ffee" * 6 + "abcd"  # the client wants 40 characters
 KINDS = ("graphql", "file_stream", "upload", "download")
 
 _STREAM = re.compile(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream\Z")
+_BY_DIGEST = re.compile(r"/artifactsV2/.+/([0-9a-f]{32})/[^/]+\Z")
 _STORAGE = re.compile(r"/storage/([0-9a-f]{32})\Z")
 
 
@@ -340,6 +341,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self.owner.state())
         elif found := _STORAGE.match(self.path):
             self._guarded("download", "", lambda: self._send_file(found[1]), needs_key=False)
+        elif found := _BY_DIGEST.match(self.path):
+            self._guarded("download", "", lambda: self._send_digest(found[1]))
         else:
             self._answer(404, {"message": "not found"})
 
@@ -367,6 +370,13 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {"message": "no such address"}
         is_taken = self.owner.backend.store(file, received, md5)
         return (200, {}) if is_taken else (400, {"message": "BadDigest"})
+
+    def _send_digest(self, hexadecimal: str) -> tuple[int, Any]:
+        md5 = base64.b64encode(bytes.fromhex(hexadecimal)).decode()
+        for token, file in self.owner.backend.blobs.items():
+            if file.is_there and file.md5 == md5:
+                return self._send_file(token)
+        return 404, {"message": "not found"}
 
     def _send_file(self, token: str) -> tuple[int, Any]:
         file = self.owner.backend.blobs.get(token)

@@ -1,0 +1,230 @@
+"""Run directories out of W&B: what a machine that has nothing else goes on from.
+
+Each W&B run holds the run's identity and configuration as files below `<run id>/`, and the result
+once it is final; checkpoints come from its artifact (`wandb_checkpoints`). `sweeper.arrivals`
+checks every byte of what is fetched here.
+
+`python -P -m sweeper.tracking.wandb_source NAME PATH DATA_DIR OVERWRITE` fetches in a process of its
+own: the client starts threads, and a launcher that forks must have none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper import arrivals, fsops, rundir
+from sweeper.arrivals import Gone, Listed, Listing
+from sweeper.companion import environment
+from sweeper.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, NotFound, SweeperError
+from sweeper.tracking.messages import WandbSettings
+from sweeper.tracking.wandb_sink import project_of
+
+if TYPE_CHECKING:
+    import wandb
+
+TIMEOUT_S = 60
+_WANDB_ID = re.compile(r"(?P<run_id>[a-z0-9][a-z0-9_-]{0,63}\.r\.[0-9]{5,9})[.-][0-9a-z]{8}(?:-[0-9]+)?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What `resume_from_wandb` names: one run, or a sweep with all its runs.
+
+    Attributes:
+        wandb_run_id: W&B's id of the run; None when our own id or a sweep was named.
+        run_id: Our id of the run; None for a sweep.
+    """
+
+    sweep: str
+    run_id: str | None = None
+    wandb_run_id: str | None = None
+    project: str | None = None
+    entity: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Wanted:
+        """Read `[[ENTITY/]PROJECT/]NAME`, NAME being W&B's id, a run id of ours, or a sweep. Raises ConfigError."""
+        *place, last = name.split("/")
+        match = _WANDB_ID.match(last)
+        run_id = match["run_id"] if match else last if rundir.RUN_ID.match(last) else None
+        sweep = run_id.rpartition(".r.")[0] if run_id else last
+        if len(place) > 2 or not all(place) or not rundir.SWEEP_NAME.match(sweep):
+            raise ConfigError(
+                f"resume_from_wandb={name!r} names no run",
+                do="Use W&B's id (simple.r.00003.1a2b3c4d), the run's (simple.r.00003) or a sweep's name, "
+                "with PROJECT/ or ENTITY/PROJECT/ before it where it is another's.",
+            )
+        entity = place[0] if len(place) == 2 else None
+        project = place[-1] if place else None
+        return cls(sweep, run_id, last if match else None, project, entity)
+
+
+@dataclass
+class WandbSource:
+    """A source of run directories, as `sweeper.arrivals` asks for.
+
+    Attributes:
+        wanted: Only what it names is seen.
+        path: ENTITY/PROJECT, or PROJECT of the default entity.
+    """
+
+    wanted: Wanted
+    path: str
+    _runs: dict[str, Any] = field(default_factory=dict)
+    _artifacts: dict[str, wandb.Artifact] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import wandb
+
+        self._api = wandb.Api(timeout=TIMEOUT_S)
+
+    @property
+    def name(self) -> str:
+        return f"W&B project {self.path}"
+
+    def run_ids(self, sweep: str) -> Sequence[str]:
+        """The runs that are wanted and of which W&B has the identity; the newest W&B run of each."""
+        found: dict[str, Any] = {}
+        for run in self._candidates(sweep):
+            known = found.get(run.name)
+            if rundir.RUN_ID.match(run.name or "") and (known is None or run.created_at > known.created_at):
+                found[run.name] = run
+        self._runs = found
+        return sorted(found)
+
+    def _candidates(self, sweep: str) -> Iterator[Any]:
+        wanted = self.wanted
+        if wanted.wandb_run_id is not None:
+            yield self._api.run(f"{self.path}/{wanted.wandb_run_id}")
+            return
+        for run in self._api.runs(self.path, {"group": sweep}):
+            if wanted.run_id in (None, run.name):
+                yield run
+
+    def listing(self, run_id: str) -> Listing:
+        """Its files: those of the run itself, and of its newest checkpoint."""
+        run = self._runs[run_id]
+        prefix = f"{run_id}/"
+        files = {
+            file.name.removeprefix(prefix): Listed(size_bytes=int(file.size))
+            for file in run.files()
+            if file.name.startswith(prefix)
+        }
+        artifact = self._newest(run)
+        if artifact is None:
+            return Listing(files)
+        self._artifacts[run_id] = artifact
+        entries = artifact.manifest.entries
+        files |= {name: Listed(size_bytes=int(entry.size or 0)) for name, entry in entries.items()}
+        epoch = artifact.metadata.get("lease_epoch")
+        return Listing(files, lease_epoch=epoch if type(epoch) is int and epoch > 0 else 0)
+
+    def _newest(self, run: Any) -> wandb.Artifact | None:
+        from sweeper.tracking.wandb_checkpoints import TYPE
+
+        versions = [artifact for artifact in run.logged_artifacts() if artifact.type == TYPE]
+        return max(versions, key=lambda artifact: int(artifact.version.removeprefix("v")), default=None)
+
+    def fetch(self, run_id: str, name: str, target: Path, *, limit_bytes: int) -> None:
+        """Write one listed file to the new file `target`. Raises Gone."""
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wandb-") as private:
+            artifact = self._artifacts.get(run_id)
+            if artifact is not None and name in artifact.manifest.entries:
+                entry = artifact.get_entry(name)
+                self._check_size(name, int(entry.size or 0), limit_bytes)
+                got = Path(entry.download(root=private, skip_cache=True))
+            else:
+                file = self._runs[run_id].file(f"{run_id}/{name}")
+                self._check_size(name, int(file.size), limit_bytes)
+                with file.download(root=private, replace=True) as opened:
+                    got = Path(opened.name)
+            if not got.resolve().is_relative_to(Path(private).resolve()):
+                raise SweeperError(f"W&B's client put {name} outside of its directory")
+            fsops.rename(got, target)
+
+    def _check_size(self, name: str, size_bytes: int, limit_bytes: int) -> None:
+        if size_bytes > limit_bytes:
+            raise Gone(f"{name} has {size_bytes} bytes, more than was listed")
+
+
+def fetch(
+    wanted: Wanted, path: str, *, data_dir: Path, overwrite: bool, say: Callable[[str], None]
+) -> list[str]:
+    """Fetch what is wanted into the data directory; returns the runs that are here now.
+
+    Raises:
+        NotFound: W&B does not have it, or cannot be asked.
+        SweeperError, OSError: As `arrivals.fetch_sweep`.
+    """
+    what = wanted.wandb_run_id or wanted.run_id or f"sweep {wanted.sweep}"
+    check = f"Check the id, the key, and its access to project {path}; what has arrived whole is kept."
+    try:
+        source = WandbSource(wanted, path)
+        arrived = arrivals.fetch_sweep(source, wanted.sweep, data_dir=data_dir, overwrite=overwrite, say=say)
+    except SweeperError:
+        raise
+    except Exception as error:  # the client's errors have no common root
+        why = " ".join(str(error).split())[:300]
+        raise NotFound(f"W&B does not give {what}", why=why, do=check) from error
+    if not arrived:
+        raise NotFound(f"W&B has no {what} in project {path}", do=check)
+    return [arrival.run_id for arrival in arrived]
+
+
+# --- in a process of its own -------------------------------------------------------------------
+
+
+def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, overwrite: bool) -> list[str]:
+    """`fetch` in a child.
+
+    Returns:
+        The runs that are here now.
+
+    Raises:
+        SystemExit: It failed and has said why; with its exit code.
+    """
+    entity, project = wanted.entity or settings.entity, wanted.project or project_of(settings)
+    path = f"{entity}/{project}" if entity else project
+    name = wanted.wandb_run_id or wanted.run_id or wanted.sweep
+    arguments = [name, path, os.path.abspath(data_dir), str(int(overwrite))]
+    argv = [sys.executable, "-P", "-m", "sweeper.tracking.wandb_source", *arguments]
+    child = subprocess.run(argv, stdout=subprocess.PIPE, env=environment(), check=False)
+    if child.returncode != EXIT_OK:
+        raise SystemExit(child.returncode if child.returncode > 0 else 1)
+    arrived: list[str] = json.loads(child.stdout.splitlines()[-1])
+    return arrived
+
+
+def main(arguments: list[str]) -> int:
+    """Do what `fetch_in_child` was asked for; the last line on stdout is the answer."""
+    name, path, data_dir, overwrite = arguments
+    os.environ["WANDB_SILENT"] = "true"
+    try:
+        wanted = Wanted.parse(name)
+        arrived = fetch(wanted, path, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say)
+    except SweeperError as error:
+        print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    print(json.dumps(arrived))
+    return EXIT_OK
+
+
+def _say(text: str) -> None:
+    print(f"[W&B] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # a client's threads may hang
