@@ -124,8 +124,7 @@ class Worker:
     def close(self) -> None:
         """Let the tracker finish what it has to send, and the mirror what it has to copy."""
         self._heed_tracking(self._tracker.close(self._tracker.settings.wandb.finish_timeout_s + 5.0))
-        for text in self._mirror.close():
-            log(f"[MIRROR] {text}")
+        self._mirror.close(lambda text: log(f"[MIRROR] {text}"))
 
     def _is_finished(self) -> bool:
         left, incomplete = self._store.count_left(self._sweep.sweep_id)

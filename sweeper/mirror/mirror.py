@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sweeper.companion import Companion
 from sweeper.mirror.settings import MirrorSettings
 
+SAY_S = 2.0
 RESTART_S = 5.0
 """A process that died is started again, no more often than that."""
 
@@ -108,14 +110,14 @@ class Mirror:
             if known.get("do") == "end" and known.get("lease_epoch") == event.get("lease_epoch"):
                 del self._messages[str(event.get("run_id"))]
 
-    def close(self) -> list[str]:
+    def close(self, say: Callable[[str], None]) -> None:
         """Wait until all that has ended is copied, for `mirror.finish_timeout` at most; then end the process.
 
-        Returns:
-            Warnings; among them what was not copied.
+        `say` takes warnings, among them what was not copied.
         """
-        warnings: list[str] = []
-        deadline = time.monotonic() + self._settings.finish_timeout_s
+        began = time.monotonic()
+        deadline = began + self._settings.finish_timeout_s
+        is_patient = False
         self._messages = {run: message for run, message in self._messages.items() if message["do"] == "end"}
         said = None
         while self._settings.is_enabled and not self._is_closed and not self.fenced:
@@ -124,18 +126,21 @@ class Mirror:
                 self._companion.send({"do": "close"})
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                warnings.append(self._what_is_left())
+                say(self._what_is_left())
                 break
+            if not is_patient and time.monotonic() > began + SAY_S:
+                is_patient = True
+                say(f"copying what has ended, for {self._settings.finish_timeout_s:g} s at most")
             connection = self._companion.connection
             if connection is not None:
                 writers = [connection] if self._companion.has_unsent else []
                 select.select([connection], writers, [], min(left_s, 1.0))
             else:
                 time.sleep(min(left_s, 0.1))
-            warnings += self.poll()
+            for text in self.poll():
+                say(text)
         self._is_closed = True
         self._companion.drop()
-        return warnings
 
     def _what_is_left(self) -> str:
         runs = ", ".join(sorted({*self._left, *self._messages} - {"…"})) or "some runs, perhaps"

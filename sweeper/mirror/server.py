@@ -269,7 +269,11 @@ def _last_attempt(run_dir: Path) -> int:
 @contextlib.contextmanager
 def _only_one(run_dir: Path) -> Iterator[bool]:
     """Of several workers that find a run not copied, one copies it."""
-    fd = os.open(run_dir / rundir.RUN_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fd = os.open(run_dir / rundir.RUN_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # a directory that somebody has damaged must not keep the others from being copied
+        yield False
+        return
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -134,43 +134,39 @@ def _hold_checkpoint(snapshot: Snapshot, run_dir: Path) -> int | None:
     root = run_dir / rundir.CHECKPOINTS_DIR
     starts = checkpoints.known_starts(root)
     for step, directory in checkpoints.steps_on_disk(root):
-        held: dict[str, Held] = {}
+        held = Snapshot()
         try:
-            manifest = read_manifest(directory)
-            if overtaken := checkpoints.overtaken_by(manifest, starts):
-                raise CheckpointRefused(overtaken)
-            if manifest.run_id != run_dir.name or manifest.step != step:
-                raise CheckpointRefused("it is another run's")
-            for name, (size, digest) in manifest.files.items():
-                held[name] = _hold_listed(directory / name, size, digest)
-        except CheckpointRefused as error:
-            for one in held.values():
-                os.close(one.fd)
-            if not directory.exists():  # pruned or condemned while it was read
+            manifest = _hold_valid(held, directory, run_id=run_dir.name, starts=starts)
+        except (CheckpointRefused, Damaged, OSError) as error:
+            held.close()
+            # A prune or a new owner renames it as a whole; what lacks only a file is damaged.
+            if not directory.exists():
                 raise Torn(str(error)) from error
             snapshot.refused.append(f"checkpoint step {step} is not copied: {error}")
             continue
         except BaseException:
-            for one in held.values():
-                os.close(one.fd)
+            held.close()
             raise
-        prefix = f"{rundir.CHECKPOINTS_DIR}/{directory.name}"
-        snapshot.files |= {f"{prefix}/{name}": one for name, one in held.items()}
-        snapshot.hold(f"{prefix}/{MANIFEST}", directory / MANIFEST)
+        snapshot.files |= {
+            f"{rundir.CHECKPOINTS_DIR}/{directory.name}/{n}": one for n, one in held.files.items()
+        }
         snapshot.manifest = manifest
-        return _metrics_offset(held.get("state.json"))
+        return _metrics_offset(held.files.get("state.json"))
     return 0
 
 
-def _hold_listed(path: Path, size: int, digest: str) -> Held:
-    fd = _open(path)
-    try:
-        if os.fstat(fd).st_size != size or images.digest_of(fd, size) != digest:
-            raise CheckpointRefused(f"{path.name} is not what its manifest says")
-        return Held(size, digest, fd)
-    except BaseException:
-        os.close(fd)
-        raise
+def _hold_valid(held: Snapshot, directory: Path, *, run_id: str, starts: set[tuple[int, int]]) -> Manifest:
+    manifest = read_manifest(directory)
+    if overtaken := checkpoints.overtaken_by(manifest, starts):
+        raise CheckpointRefused(overtaken)
+    if manifest.run_id != run_id or checkpoints.step_name(manifest.step) != directory.name:
+        raise CheckpointRefused("it is another one's")
+    held.hold(MANIFEST, directory / MANIFEST)
+    for name, (size, digest) in manifest.files.items():
+        held.hold(name, directory / name)
+        if (held.files[name].size_bytes, held.files[name].digest) != (size, digest):
+            raise CheckpointRefused(f"{name} is not what its manifest says")
+    return manifest
 
 
 def _metrics_offset(state: Held | None) -> int | None:

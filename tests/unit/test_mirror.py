@@ -371,9 +371,19 @@ def test_what_did_not_change_is_not_sent_again(
     assert len(sent) == 4  # metrics, model, state, manifest
 
 
-def test_a_damaged_checkpoint_is_not_copied(bucket: Bucket, there: Path, here: Path) -> None:
-    run_dir, said = make_run(there), []
-    (run_dir / "checkpoints/step_00000030/model.pth").write_bytes(b"x")
+@pytest.mark.parametrize("damage", ["bytes", "missing", "link", "manifest"])
+def test_a_damaged_checkpoint_is_not_copied(bucket: Bucket, there: Path, here: Path, damage: str) -> None:
+    said: list[str] = []
+    run_dir = make_run(there)
+    model = run_dir / "checkpoints/step_00000030/model.pth"
+    if damage == "bytes":
+        model.write_bytes(model.read_bytes()[::-1])
+    elif damage == "manifest":
+        model.with_name("MANIFEST.json").write_bytes(b"{}")
+    else:
+        model.unlink()
+    if damage == "link":
+        model.symlink_to(run_dir / "run.json")
     work = Copier(bucket, 1, said.append)
     work.copy(subject(run_dir))
     assert work.copy(subject(run_dir)).step == 20

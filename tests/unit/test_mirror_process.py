@@ -61,7 +61,8 @@ class Copied:
         return index.step if index else None
 
     def close(self) -> list[str]:
-        warnings = self.mirror.close()
+        warnings: list[str] = []
+        self.mirror.close(warnings.append)
         self.said += warnings
         return warnings
 
@@ -193,7 +194,9 @@ def test_without_a_url_there_is_no_process(tmp_path: Path) -> None:
     mirror.start()
     mirror.begin(run_dir=tmp_path, lease_epoch=1, attempt=1, keep_last=3)
     mirror.end(run_dir=tmp_path, lease_epoch=1, attempt=1)
-    assert mirror.poll() == mirror.close() == []
+    said: list[str] = []
+    mirror.close(said.append)
+    assert mirror.poll() == said == []
     assert mirror.pid is None
 
 
