@@ -257,9 +257,9 @@ def _epoch_of(directory: Path) -> int:
         return 0
 
 
-def write_pointer(root: Path, manifest: Manifest, *, committed_at: str) -> None:
-    """Point at the newest checkpoint: a hint for people and tools, repaired from a scan."""
-    data = {
+def pointer(manifest: Manifest, *, committed_at: str) -> dict[str, object]:
+    """What `trainer_checkpoint.json` says of a checkpoint."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "run_id": manifest.run_id,
         "step": manifest.step,
@@ -268,7 +268,11 @@ def write_pointer(root: Path, manifest: Manifest, *, committed_at: str) -> None:
         "manifest_digest": manifest.digest,
         "committed_at": committed_at,
     }
-    fsops.replace(root / POINTER, rundir.to_json(data))
+
+
+def write_pointer(root: Path, manifest: Manifest, *, committed_at: str) -> None:
+    """Point at the newest checkpoint: a hint for people and tools, repaired from a scan."""
+    fsops.replace(root / POINTER, rundir.to_json(pointer(manifest, committed_at=committed_at)))
 
 
 def write_stages(root: Path, *, stage: str, state: str, step: int) -> None:

@@ -14,6 +14,7 @@ from sweeper.errors import ConfigError
 
 MODES = ("online", "offline", "disabled")
 RESUMES = ("allow", "must", "never")
+UPLOADS = ("never", "last", "best", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class WandbSettings:
         dir: Where `wandb/` is created; default: the run directory.
         init_timeout_s: How long the tracker waits for the server at the start of a run.
         finish_timeout_s: How long the tracker waits for the server at the end of a run.
+        upload_checkpoints: Which become artifacts: never, last, best or all.
     """
 
     mode: str | None = None
@@ -39,6 +41,7 @@ class WandbSettings:
     dir: str | None = None
     init_timeout_s: float = 90.0
     finish_timeout_s: float = 30.0
+    upload_checkpoints: str = "never"
 
     @property
     def is_enabled(self) -> bool:
@@ -76,7 +79,7 @@ class TrackingSettings:
     def from_config(cls, tracking: Mapping[str, Any]) -> TrackingSettings:
         """Read `cfg.tracking` as a plain dict; absent keys and nulls keep their defaults.
 
-        Keys: `wandb.{mode,project,entity,resume,group,tags,dir,init_timeout,finish_timeout}` and
+        Keys: `wandb.{mode,project,entity,resume,group,tags,dir,init_timeout,finish_timeout,upload_checkpoints}` and
         `tensorboard.{enabled,dir}`; others are left to those who use them.
 
         Raises:
@@ -95,6 +98,10 @@ class TrackingSettings:
                 dir=_text(wandb.get("dir")),
                 init_timeout_s=_seconds("tracking.wandb.init_timeout", wandb.get("init_timeout"), 90.0),
                 finish_timeout_s=_seconds("tracking.wandb.finish_timeout", wandb.get("finish_timeout"), 30.0),
+                upload_checkpoints=_choice(
+                    "tracking.wandb.upload_checkpoints", wandb.get("upload_checkpoints"), UPLOADS
+                )
+                or "never",
             ),
             tensorboard=TensorboardSettings(
                 is_enabled=board.get("enabled") in (None, True), dir=_text(board.get("dir"))

@@ -19,6 +19,7 @@ from sweeper.states import Outcome, State
 from sweeper.tracking import orphans, wandb_files
 from sweeper.tracking.messages import Begin, End, WandbSettings
 from sweeper.tracking.metrics import Row
+from sweeper.tracking.wandb_checkpoints import CheckpointUploader
 
 if TYPE_CHECKING:
     import wandb
@@ -252,6 +253,7 @@ class WandbSink:
         self._service = begin.wandb_run_id
         self._warn = warn
         self._summary = Summary(begin.metric, is_maximized=begin.direction == "maximize")
+        self._checkpoints = CheckpointUploader(run, begin, warn=warn)
 
     @property
     def place(self) -> dict[str, str]:
@@ -270,7 +272,8 @@ class WandbSink:
         self._run.log({**values, STEP_KEY: step}, step=step, commit=True)
 
     def flush(self) -> None:
-        """The client sends by itself."""
+        """The client sends rows by itself; checkpoints are looked for."""
+        self._checkpoints.pump()
 
     def finish(self, end: End) -> None:
         """Say truthfully how the attempt ended, and wait for the server no longer than agreed."""
@@ -288,11 +291,14 @@ class WandbSink:
             self._warn(
                 f"W&B did not take all rows of {self._begin.run_id} in time; `sweeper sync` sends them later"
             )
-            let_go(self._service)
+            self.abandon()
         else:
             if not self._run.offline:
                 self._confirm(deadline_s)
-            _tear_down()
+            if self._checkpoints.finish(max(0.0, deadline_s - time.monotonic())):
+                _tear_down()
+            else:
+                let_go(self._service)
 
     def _confirm(self, deadline_s: float) -> None:
         """Ask W&B whether it has the last row: a client whose key was revoked ends without a word."""
@@ -315,6 +321,7 @@ class WandbSink:
 
     def abandon(self) -> None:
         """End the service at once: nothing more is sent, and W&B is told no end."""
+        self._checkpoints.abandon()
         let_go(self._service)
 
 

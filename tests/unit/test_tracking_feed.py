@@ -55,7 +55,14 @@ def test_settings_are_read_from_the_config_group() -> None:
 
 @pytest.mark.parametrize(
     "wandb",
-    [{"mode": "on"}, {"resume": "auto"}, {"resume": False}, {"finish_timeout": "long"}, {"init_timeout": -1}],
+    [
+        {"mode": "on"},
+        {"resume": "auto"},
+        {"resume": False},
+        {"finish_timeout": "long"},
+        {"init_timeout": -1},
+        {"upload_checkpoints": "some"},
+    ],
 )
 def test_bad_settings_are_refused_with_their_key(wandb: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"tracking\.wandb\.{next(iter(wandb))}"):

@@ -36,7 +36,8 @@ class Fault:
     """What goes wrong with requests of one kind, until it has happened `times` or is lifted.
 
     Attributes:
-        kind: graphql, file_stream, upload, download, all, or the name of a GraphQL operation.
+        kind: graphql, file_stream, upload, download or all; the name of a GraphQL operation; or
+            artifact: uploads of an artifact's files, not of a run's.
         delay_s: The answer begins so much later; applied at once.
         drop: "before": the connection ends without an answer and nothing was done; "after": all was.
         status: This HTTP status instead of doing anything, e.g. 500 or 401.
@@ -352,7 +353,10 @@ class _Handler(BaseHTTPRequestHandler):
         received, md5 = self.owner.backend.receive(self.rfile.read, size)
         try:
             token = found[1] if found else ""
-            self._guarded("upload", "", lambda: self._take_file(token, received, md5), needs_key=False)
+            # Of an artifact's files the client says beforehand what they hold.
+            file = self.owner.backend.blobs.get(token)
+            whose = "artifact" if file and file.expected_md5 else ""
+            self._guarded("upload", whose, lambda: self._take_file(token, received, md5), needs_key=False)
         finally:
             received.unlink(missing_ok=True)
 
@@ -397,7 +401,7 @@ class _Handler(BaseHTTPRequestHandler):
             with owner.changed:
                 status, answer = self._instead(struck, needs_key=needs_key) or self._attempt(act)
                 owner.requests[kind] += 1
-                if operation:
+                if kind == "graphql":
                     owner.operations.append(operation)
                 owner.changed.notify_all()
                 for fault in struck:
