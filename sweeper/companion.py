@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,23 @@ class Companion:
     It leads a session of its own, for signals to the worker's group are not for it.
 
     HAZARD: for the worker's main thread only: the process dies with the thread that created it.
+
+    Args:
+        module: What runs in it.
+        arguments: What its command line goes on with.
+        variables: More of its environment.
+        log_path: Where its own output goes; default: nowhere. What matters comes as events.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        log_path: Path | None = None,
+    ) -> None:
         self._module, self._arguments = module, arguments
+        self._variables, self._log_path = dict(variables or {}), log_path
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._inbox = b""
@@ -54,12 +68,13 @@ class Companion:
         """Start the process; returns why that failed, or nothing."""
         ours, theirs = socket.socketpair()
         try:
-            self._process = subprocess.Popen(
-                # -P: a module of the user's in the current directory must not shadow ours.
-                [sys.executable, "-P", "-m", self._module, str(theirs.fileno()), str(os.getpid()), *self._arguments],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], start_new_session=True, env=environment(),
-            )  # fmt: skip
+            with open(self._log_path or os.devnull, "ab") as output:
+                self._process = subprocess.Popen(
+                    # -P: a module of the user's in the current directory must not shadow ours.
+                    [sys.executable, "-P", "-m", self._module, str(theirs.fileno()), str(os.getpid()), *self._arguments],
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[theirs.fileno()],
+                    start_new_session=True, env={**environment(), **self._variables},
+                )  # fmt: skip
         except OSError as error:
             ours.close()
             return str(error)
@@ -71,7 +86,11 @@ class Companion:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message, at once or at a later exchange."""
-        self._outbox += json.dumps(message).encode() + b"\n"
+        self.send_line(json.dumps(message).encode() + b"\n")
+
+    def send_line(self, line: bytes) -> None:
+        """As `send`, for a message that is encoded already."""
+        self._outbox += line
         self._flush()
 
     def exchange(self) -> tuple[list[Event], bool]:

@@ -6,27 +6,18 @@ is kept in memory and sent at the next call.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import secrets
 import select
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sweeper.companion import Companion, Event
 from sweeper.states import Outcome, State
 from sweeper.tracking import orphans
 from sweeper.tracking.messages import Begin, Close, End, TrackingSettings, encode
-
-Event = dict[str, Any]
-
-_ROOT = Path(__file__).resolve().parents[2]
-_REAP_S = 0.5
 
 
 class Tracker:
@@ -45,15 +36,13 @@ class Tracker:
 
     def __init__(self, settings: TrackingSettings, *, log_path: Path | None = None) -> None:
         self.settings = settings
-        self._log_path = log_path
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._inbox = b""
-        self._outbox = b""
+        self._tag = f"{os.getpid()}.{secrets.token_hex(8)}"
+        self._companion = Companion(
+            "sweeper.tracking.server", variables={orphans.TRACKER_VARIABLE: self._tag}, log_path=log_path
+        )
         self._events: list[Event] = []
         self._unsettled: list[Begin | End] = []  # what a process started anew must be told again
         self._may_restart = False
-        self._tag = f"{os.getpid()}.{secrets.token_hex(8)}"
 
     @classmethod
     def start(cls, settings: TrackingSettings, *, log_path: Path | None = None) -> Tracker:
@@ -66,14 +55,15 @@ class Tracker:
     @property
     def pid(self) -> int | None:
         """The process, if it is there."""
-        return self._process.pid if self._process else None
+        return self._companion.pid
 
     def fileno(self) -> int | None:
         """Readable when `poll` has something to return; None without a process.
 
         It changes when the process is started again: ask anew for each wait.
         """
-        return self._socket.fileno() if self._socket else None
+        connection = self._companion.connection
+        return connection.fileno() if connection else None
 
     def begin(
         self,
@@ -130,8 +120,7 @@ class Tracker:
         `tensorboard` (`tensorboard_dir`), `warning` and `note` (`text`), `refused` (`text`:
         tracking.wandb.resume=must), `done` (`attempt`), `closed`.
         """
-        self._flush()
-        self._receive()
+        self._exchange()
         events, self._events = self._events, []
         return events
 
@@ -141,52 +130,30 @@ class Tracker:
         Returns:
             The last events; among them a warning if it had to be ended.
         """
-        if self._process is None:
+        if self.pid is None:
             return self.poll()
-        self._send(encode(Close()))
+        self._companion.send_line(encode(Close()))
         deadline = time.monotonic() + timeout_s
         self._unsettled, unsettled = [], self._unsettled
-        while self._socket is not None and not self._is_closed():
+        while (connection := self._companion.connection) is not None and not self._is_closed():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 runs = ", ".join(sorted({message.run_id for message in unsettled})) or "nothing"
-                self._warn(f"tracking did not finish in {timeout_s:g} s and was ended (unfinished: {runs})")
+                self._warn(
+                    f"tracking did not finish in {timeout_s:g} s and was ended (unfinished: {runs}); `sweeper sync` sends the rest"
+                )
                 break
-            writers = [self._socket] if self._outbox else []
-            select.select([self._socket], writers, [], left_s)
-            self._flush()
-            self._receive()
+            writers = [connection] if self._companion.has_unsent else []
+            select.select([connection], writers, [], left_s)
+            self._exchange()
         self._drop_process()
         return self.poll()
 
     # --- the process -----------------------------------------------------------------------
 
     def _launch(self) -> None:
-        ours, theirs = socket.socketpair()
-        try:
-            with contextlib.ExitStack() as stack:
-                output: Any = subprocess.DEVNULL
-                if self._log_path is not None:
-                    output = stack.enter_context(open(self._log_path, "ab"))
-                arguments = [str(theirs.fileno()), str(os.getpid())]
-                self._process = subprocess.Popen(
-                    # -P: a module of the user's in the current directory must not shadow ours.
-                    [sys.executable, "-P", "-m", "sweeper.tracking.server", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # signals to the worker's group are not for it
-                    env=_environment(self._tag),
-                )
-        except OSError as error:
-            ours.close()
-            self._warn(f"tracking cannot be started: {error}; metrics.jsonl has every row")
-            return
-        finally:
-            theirs.close()
-        ours.setblocking(False)
-        self._socket, self._inbox, self._outbox = ours, b"", b""
+        if why := self._companion.start():
+            self._warn(f"tracking cannot be started: {why}; metrics.jsonl has every row")
 
     def _tell(self, message: Begin | End) -> None:
         try:
@@ -195,54 +162,25 @@ class Tracker:
             self._warn(f"tracking of {message.run_id}: {error}")
             return
         self._unsettled.append(message)
-        if self._process is None:
+        if self.pid is None:
             self._repeat()
         else:
-            self._send(data)
+            self._companion.send_line(data)
 
     def _repeat(self) -> None:
         """Start the process and tell it all that is not settled."""
         self._launch()
         for message in self._unsettled:
-            self._send(encode(message))
+            self._companion.send_line(encode(message))
 
-    def _send(self, data: bytes) -> None:
-        self._outbox += data
-        self._flush()
-
-    def _flush(self) -> None:
-        while self._socket is not None and self._outbox:
-            try:
-                sent = self._socket.send(self._outbox, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                return
-            except OSError:
-                return  # it is gone; `_receive` sees the end of the stream
-            self._outbox = self._outbox[sent:]
-
-    def _receive(self) -> None:
-        while self._socket is not None:
-            try:
-                data = self._socket.recv(1 << 16)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._lost()
-                return
-            *lines, self._inbox = (self._inbox + data).split(b"\n")
-            for line in lines:
-                self._take(line)
-
-    def _take(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            return
-        self._events.append(event)
-        if event.get("event") == "done":
-            self._settle(str(event.get("run_id")))
+    def _exchange(self) -> None:
+        events, is_gone = self._companion.exchange()
+        for event in events:
+            self._events.append(event)
+            if event.get("event") == "done":
+                self._settle(str(event.get("run_id")))
+        if is_gone:
+            self._lost()
 
     def _settle(self, run_id: str) -> None:
         """Forget the oldest begin and end of a run."""
@@ -268,30 +206,11 @@ class Tracker:
 
     def _drop_process(self) -> str:
         """End what is left of the process and its W&B service; say how it ended."""
-        process, self._process = self._process, None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        self._outbox = b""
-        if process is None:
-            return "gone"
-        process.kill()
-        orphans.end(orphans.TRACKER_VARIABLE, self._tag)
-        try:
-            code = process.wait(_REAP_S)
-        except subprocess.TimeoutExpired:
-            return "it does not die"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        had_one = self.pid is not None
+        how = self._companion.drop()
+        if had_one:
+            orphans.end(orphans.TRACKER_VARIABLE, self._tag)
+        return how
 
     def _warn(self, text: str) -> None:
         self._events.append({"event": "warning", "text": text})
-
-
-def _environment(tag: str) -> dict[str, str]:
-    """The worker's environment without the database, where `sweeper` can be imported from a checkout."""
-    environment = {**os.environ, orphans.TRACKER_VARIABLE: tag}
-    environment.pop("SWEEPER_STORAGE", None)
-    if _ROOT.name not in ("site-packages", "dist-packages"):
-        known = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
-        environment["PYTHONPATH"] = os.pathsep.join([*known, str(_ROOT)])
-    return environment

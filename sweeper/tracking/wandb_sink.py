@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweeper import rundir
 from sweeper.errors import SweeperError
 from sweeper.states import Outcome, State
 from sweeper.tracking import orphans, wandb_files
@@ -189,6 +190,8 @@ class WandbClient:
             resume=resume,  # type: ignore[arg-type]
             settings=self._settings(settings, mode),
         )
+        if mode == "online":
+            _save_identity(run, begin)
         run.define_metric(STEP_KEY)
         run.define_metric("*", step_metric=STEP_KEY)
         next_step = max(run.starting_step, on_disk + 1)
@@ -243,6 +246,26 @@ class WandbClient:
         )
 
 
+def _save_identity(run: wandb.Run, begin: Begin) -> None:
+    """What the run is, for a machine that has nothing else, below `<run id>/`: W&B has a config.yaml of its own."""
+    run_dir = Path(begin.run_dir)
+    for name in (rundir.RUN_FILE, rundir.OVERRIDES_FILE, rundir.CONFIG_FILE):
+        if (run_dir / name).is_file():
+            run.save(run_dir / name, base_path=run_dir.parent, policy="now", glob=False)
+
+
+def _save_result(run: wandb.Run, begin: Begin, end: End) -> None:
+    """How the run ended, as result.json will say it."""
+    path = Path(run.dir, begin.run_id, rundir.RESULT_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(
+        rundir.result_json(
+            begin.run_id, lease_epoch=begin.lease_epoch, state=end.state, value=end.value, reason="", outcome=end.outcome
+        )
+    )  # fmt: skip
+    run.save(path, base_path=run.dir, policy="now", glob=False)
+
+
 class WandbSink:
     """One attempt's part of a W&B run."""
 
@@ -284,6 +307,8 @@ class WandbSink:
         self._run.summary.update({**self._summary.values(), **told})
         if farewell.is_preempting:
             self._run.mark_preempting()
+        if State(end.state).is_final and not self._run.offline:
+            _save_result(self._run, self._begin, end)
         deadline_s = time.monotonic() + self._begin.settings.wandb.finish_timeout_s
         try:
             self._run.finish(exit_code=farewell.exit_code)
