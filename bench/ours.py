@@ -99,6 +99,31 @@ def stall_ms(*, size_mb: int, repeats: int, every: int = 5) -> Cell:
     return Series(tuple(1e3 * (max(window) - idle_s) for window in windows if len(window) == every))
 
 
+def logged_s(*, steps: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Row 12: seconds of a training with W&B away, and with none; by turns. Raises Failed."""
+    away = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    modes = {"online": away, "disabled": {}}
+    found: dict[str, list[float]] = {mode: [] for mode in modes}
+    for _ in range(repeats):
+        for mode, env in modes.items():
+            with processes.scratch() as directory:
+                path = directory / "trace"
+                overrides = (
+                    f"trainer.steps={steps}", f"tracking.wandb.mode={mode}", "launcher.n_workers=1",
+                    "tracking.wandb.finish_timeout=1",
+                )  # fmt: skip
+                argv = launch("bench_logged", directory, *overrides)
+                processes.run(argv, timeout_s=300, env={**env, "BENCH_TRACE": str(path)})
+                found[mode].append(training_s(trace.read(path)))
+    return found["online"], found["disabled"]
+
+
+def training_s(events: list[trace.Event]) -> float:
+    """Seconds from the start to the end of the only training."""
+    at = {event.name: event.at_s for event in events}
+    return at["end"] - at["start"]
+
+
 def saves(*, size_mb: int, repeats: int) -> tuple[dict[str, Any], list[float]]:
     """Rows 9 to 11: what saves of a large state were like, and seconds to load the last, cold. Raises Failed."""
     with processes.scratch() as directory:

@@ -45,6 +45,21 @@ def long(cfg: Any, run: Any) -> float:
     return loss
 
 
+def logged(cfg: Any, run: Any) -> float:
+    """Steps without a pause, each of them logged: row 12."""
+    model = workload.network(cfg.width)
+    optimizer = workload.optimizer_of(model, cfg.lr)
+    loader = DataLoader(workload.samples(), batch_size=workload.BATCH, shuffle=True)
+    loop = resumable(run, model=model, optimizer=optimizer, loader=loader)
+    loss = 0.0
+    workload.mark("start")
+    for batch in loop.batches(epochs=1_000_000, max_steps=cfg.steps):
+        loss = workload.step(model, optimizer, batch)
+        loop.report(loss=loss)
+    workload.mark("end", loop.step)
+    return loss
+
+
 def large(cfg: Any, run: Any) -> float:
     """A large state, saved often: row 8 reads from the trace how long the loop stood still."""
     model, optimizer = workload.large(cfg.size_mb)
