@@ -45,7 +45,7 @@ MAX_WAITING = 16
 
 PAGE = 100
 _API_TIMEOUT_S = 20
-_CLOSE_S = 5.0
+_CLOSE_S = 2.0
 _JOIN_S = 0.05
 _PRIVATE = "wandb_upload"
 
@@ -551,7 +551,7 @@ class _Uploads:
             Superseded: The run has a newer owner.
             Exception: Whatever the client raises; nothing was committed.
         """
-        there = [version for version, _ in self._list(waiting.manifest.step)]
+        there = [version for version, _ in self._list()]
         mine = waiting.version
         if self._known is not None and mine.manifest_digest in self._known:
             return []
@@ -562,6 +562,8 @@ class _Uploads:
         self._known = (self._known or set()) | {mine.manifest_digest}
         try:
             self._remove_old(mine)
+        except Superseded:
+            raise
         except Exception as error:  # noqa: BLE001 - foreign code; the next upload tries again
             return [f"old checkpoints could not be removed from W&B: {_text(error)}"]
         return []
@@ -571,17 +573,17 @@ class _Uploads:
         if self._stream is not None:
             self._stream.close()
 
-    def _list(self, step: int) -> list[tuple[Version, Any]]:
+    def _list(self) -> list[tuple[Version, Any]]:
         """What W&B has: all of it once, later what is newest."""
         if rundir.largest_epoch(self._run_dir) > self._begin.lease_epoch:
-            raise Superseded(f"the checkpoint of step {step} is not uploaded: the run has a newer owner")
+            raise Superseded("no more checkpoints are uploaded: the run has a newer owner")
         found = self._collection.versions(limit=None if self._known is None else PAGE)
         if self._known is None:
             self._known = {version.manifest_digest for version, _ in found}
         newest = max((version.lease_epoch for version, _ in found), default=0)
         if newest > self._begin.lease_epoch:
             raise Superseded(
-                f"the checkpoint of step {step} is not uploaded: at W&B the run has gone on elsewhere (lease epoch {newest})"
+                f"no more checkpoints are uploaded: at W&B the run has gone on elsewhere (lease epoch {newest})"
             )
         return found
 
@@ -612,7 +614,7 @@ class _Uploads:
             shutil.rmtree(target, ignore_errors=True)
 
     def _remove_old(self, uploaded: Version) -> None:
-        found = self._list(uploaded.step)
+        found = self._list()
         if uploaded.manifest_digest not in {version.manifest_digest for version, _ in found}:
             return  # W&B does not show it yet: the next upload removes what is old by then
         doomed = decide_removal(

@@ -319,14 +319,11 @@ def test_a_key_that_is_revoked_in_the_middle_loses_rows_and_ends_nothing(
 
 
 def test_faults_are_survived_with_each_row_once(server: WandbServer, init: Init, tmp_path: Path) -> None:
-    server.fault("UpsertBucket", status=503, times=1)
     run = init()
     faults = [
-        server.fault("file_stream", status=500, times=1),
-        server.fault("file_stream", drop="before", times=1),
         server.fault("file_stream", drop="after", times=1),
-        server.fault("upload", status=500, times=1),
-        server.fault("CreateArtifactFiles", drop="before", times=1),
+        server.fault("file_stream", status=500, times=1),
+        server.fault("upload", drop="before", times=1),
         server.fault("CommitArtifact", drop="after", times=1),
         server.fault("graphql", delay_s=0.2, times=2),
     ]

@@ -141,6 +141,15 @@ class WandbServer:
             self.faults.append(fault)
         return fault
 
+    def strike(self, kind: str, operation: str) -> list[Fault]:
+        """The faults that happen to a request: delays, and of the others the first that is due."""
+        struck: list[Fault] = []
+        for fault in self.faults:
+            is_first = not any(other.drop or other.status for other in struck)
+            if (is_first or not (fault.drop or fault.status)) and fault.strikes(kind, operation):
+                struck.append(fault)
+        return struck
+
     def lift(self, *faults: Fault) -> None:
         """End these faults, or all. A request that waits goes on at once."""
         with self.changed:
@@ -396,7 +405,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Do what was asked, with the faults that strike, and answer."""
         owner = self.owner
         with owner.changed:
-            struck = [fault for fault in owner.faults if fault.strikes(kind, operation)]
+            struck = owner.strike(kind, operation)
         try:
             with owner.changed:
                 status, answer = self._instead(struck, needs_key=needs_key) or self._attempt(act)
