@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +53,29 @@ def server(tmp_path: Path) -> Iterator[VastServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def warm_vastai(vastai: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same program, imported already."""
+    folder = tmp_path_factory.mktemp("client")
+    python, program, path = vastai.with_name("python"), folder / "vastai", folder / "vastai.socket"
+    program.write_text(f"#!{python}\n{Path(warm.__file__).read_text()}")
+    program.chmod(0o700)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "VAST_URL": "http://127.0.0.1:9"}
+    serving = subprocess.Popen([python, warm.__file__, str(path)], env=environment, stdin=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        yield program
+    finally:
+        serving.terminate()
+        serving.wait()
+
+
 @pytest.fixture
-def client(
-    vastai: Path, server: VastServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
-    """The client as $SWEEPER_VASTAI, imported already, and this shell's account."""
+def client(warm_vastai: Path, server: VastServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The client as $SWEEPER_VASTAI, and this shell's account."""
     for name in [name for name in os.environ if name.startswith(("SWEEPER_", "DATA_DIR", "WANDB_", "VAST_"))]:
         monkeypatch.delenv(name)
     (tmp_path / "here").mkdir()
@@ -64,19 +83,8 @@ def client(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VAST_URL", server.url)
     monkeypatch.setenv("VAST_API_KEY", ACCOUNT_KEY)
-    python = vastai.with_name("python")
-    program = tmp_path / "bin" / "vastai"
-    program.parent.mkdir()
-    program.write_text(f"#!{python}\n{Path(warm.__file__).read_text()}")
-    program.chmod(0o700)
-    monkeypatch.setenv("SWEEPER_VASTAI", str(program))
-    serving = subprocess.Popen([python, warm.__file__, str(program.with_name("vastai.socket"))])
-    try:
-        server.until(program.with_name("vastai.socket").exists)
-        yield program
-    finally:
-        serving.terminate()
-        serving.wait()
+    monkeypatch.setenv("SWEEPER_VASTAI", str(warm_vastai))
+    return warm_vastai
 
 
 TRAINER = r"""#!/bin/bash
@@ -109,7 +117,7 @@ def instances(server: VastServer, tmp_path: Path) -> Instances:
     server.environment["FAKE"] = str(folder)
     made = Instances(folder, {
         "launcher": "vast", "launcher.python": str(folder / "python"), "launcher.save": "['exit 0']",
-        "launcher.poll_s": "0.1", "launcher.linger_s": "2", "launcher.up_within_s": "20", "tracking.wandb.mode": "disabled",
+        "launcher.poll_s": "0.1", "launcher.linger_s": "1.5", "launcher.up_within_s": "20", "tracking.wandb.mode": "disabled",
     })  # fmt: skip
     made.train("true")
     return made

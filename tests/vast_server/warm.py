@@ -59,6 +59,9 @@ def _one(connection: socket.socket, main) -> None:
     os.environ.clear()
     os.environ.update(said["environment"])
     sys.argv = said["argv"]
+    for module in list(sys.modules.values()):  # read once, at the import
+        if hasattr(module, "server_url_default"):
+            module.server_url_default = os.environ["VAST_URL"]
     code = 0
     try:
         main()

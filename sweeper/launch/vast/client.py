@@ -214,11 +214,11 @@ class Client:
         for line in reversed(lines[-20:]):
             said = _error_object(line)
             if said is not None:
-                status = said.get("status_code")
+                status = said.get("status_code") or None
                 raise VastError(
-                    f"{what}: the server says {status}", why=self._hide(str(said.get("msg"))),
+                    f"{what}: the server says {status}" if status else f"{what}: it failed", why=self._hide(str(said.get("msg"))),
                     do="Check VAST_API_KEY." if status in (401, 403) else "",
-                    status=status if isinstance(status, int) and status else None,
+                    status=status if isinstance(status, int) else None,
                 )  # fmt: skip
         if code != 0:
             raise VastError(
@@ -232,9 +232,9 @@ class Client:
 
 
 def _verb(arguments: Sequence[str]) -> str:
-    words = arguments[:1] if arguments[0] == "logs" else arguments[:2]
-    number = next((word for word in arguments if word.isdigit()), "")
-    return " ".join([*words, number]).strip()
+    """The command without its options, for messages."""
+    words = [word for word in arguments[:3] if not word.startswith("-")]
+    return " ".join(words[:2] if words[:2] == ["search", "offers"] else words)
 
 
 def _environment() -> dict[str, str]:

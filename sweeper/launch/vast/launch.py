@@ -68,7 +68,7 @@ class Job:
 
         def write(limit_s: float, is_fresh: bool) -> Path:
             text = self.script(series, limit_s=limit_s, is_fresh=is_fresh)
-            path = path_of(self.data_dir, self.sweep).with_name("onstart.packed.sh")
+            path = path_of(self.data_dir.resolve(), self.sweep).with_name("onstart.packed.sh")
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             fsops.replace(path, scripting.packed(text).encode())
             show(text)

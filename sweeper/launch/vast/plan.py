@@ -336,7 +336,7 @@ def judge(sight: Sight, plan: Plan) -> Decision:
         if sight.waited_s > plan.up_within_s:
             return Decision(Step.KEEP, "VastAI has no room for it on its machine")
         return Decision(Step.WAIT, "waits for room on its machine")
-    if is_stopped and not sight.has_run:
+    if seen.actual == "exited" and not sight.has_run:
         return Decision(Step.AVOID, f"its container did not start ({seen.actual})")
     if is_stopped:
         why = "it was outbid" if plan.interruptible else "it was stopped by VastAI"

@@ -205,9 +205,11 @@ class Renter:
             return None
         price = planning.usd_h(offer, plan)
         limit_s = remaining.limit_s(price)
-        if limit_s < LEAST_SHARE * self._full().limit_s(price):
+        whole_s = self._full().limit_s(price)
+        slack_s = min(SLACK_S, 0.1 * whole_s)
+        if limit_s < max(LEAST_SHARE * whole_s, 2 * slack_s):
             return self._over(f"only {_hours(limit_s)} are left")
-        limit_s -= min(SLACK_S, 0.1 * limit_s)
+        limit_s -= slack_s
         now_s = clock.wall_s()
         rental = Rental(
             len(ledger.rentals) + 1, offer.offer_id, offer.machine_id, price, offer.storage_usd_h, limit_s, now_s, now_s
