@@ -45,7 +45,7 @@ def usual() -> str:
         ["+sweep=simple", "trainer.device=cuda", "launcher=vast", "launcher.max_usd_h=1", "data_dir=/here"],
         made, sweep="simple", n_trials=20,
     )  # fmt: skip
-    return text_of(made, *launch)
+    return text_of(made, "sweeper", "launch", *launch)
 
 
 def test_the_script_is_the_one_that_was_read_and_found_good() -> None:
@@ -96,7 +96,7 @@ def test_hostile_values_reach_the_sweep_unchanged(tmp_path: Path) -> None:
     try:
         assert done.returncode == 0, log.read_text()
         arguments = (work / "arguments").read_text().split("\0")
-        assert arguments[3 : 3 + len(HOSTILE)] == list(HOSTILE)
+        assert arguments[1 : 1 + len(HOSTILE)] == list(HOSTILE)
         assert (work / "lines").read_text().split("\0")[:-1] == list(HOSTILE)
         assert not list(tmp_path.rglob("hacked"))
     finally:
@@ -140,7 +140,9 @@ def rented(server: VastServer, instances: Any) -> Callable[..., Box]:
 
     def rent(limit_s: float = 600.0, is_fresh: bool = False, series: str = "5e71e5ed", **changes: Any) -> Box:
         made = plan(**{"python": str(instances.folder / "python"), "linger_s": 0, "poll_s": 0.1, **changes})
-        text = scripting.script(made, "simple", series, limit_s=limit_s, launch=[], is_fresh=is_fresh)
+        text = scripting.script(
+            made, "simple", series, limit_s=limit_s, launch=["sweeper"], is_fresh=is_fresh
+        )
         number = 200 + len(server.boxes)
         server.offers.append(offer(number))
         body = {"onstart": text, "env": {}, "label": "sweeper:simple:5e71e5ed:1", "image": "i", "price": None}
@@ -249,7 +251,7 @@ def test_fresh_clears_what_it_made_and_nothing_else(server: VastServer, rented: 
     kept = home / "outputs/sweep/simple/model.pth"
     kept.touch()
     box.kill()
-    box.body["onstart"] = text_of(plan(python=str(instances.folder / "python"), linger_s=0, poll_s=0.1, auto_shutdown=False), is_fresh=True)  # fmt: skip
+    box.body["onstart"] = text_of(plan(python=str(instances.folder / "python"), linger_s=0, poll_s=0.1, auto_shutdown=False), "sweeper", is_fresh=True)  # fmt: skip
     box.start(server.url, server.environment)
     server.until(lambda: sum(line.startswith("finished: done") for line in said(box)) == 2)
     assert kept.exists(), "of the same series: a restart, not a fresh start"

@@ -14,10 +14,14 @@ from sweeper.launch.settings import Settings
 from sweeper.launch.vast import plan as planning
 from sweeper.launch.vast import script as scripting
 from sweeper.launch.vast.client import Client, Offer, env_option
+from sweeper.launch.vast.copies import project_path
 from sweeper.launch.vast.ledger import Ledger, held, path_of
 from sweeper.launch.vast.plan import Plan
 from sweeper.launch.vast.renting import Asked, Renter
 from sweeper.report.hints import next_command
+
+CHECK = '"$SWEEPER_PYTHON" -m sweeper.launch.vast.copies check "$SWEEP"'
+"""Completes the copy, and sees that it is whole; a line of the script."""
 
 SHOWN = Path(".vast") / "onstart.sh"
 """Where the script lies that an instance starts with, to be read; in the current directory."""
@@ -29,6 +33,7 @@ class Job:
 
     Attributes:
         command: This launch's arguments, as they are kept to go on with.
+        wandb: The W&B project to look for a copy in; "" where the mirror has it, or the user names one.
     """
 
     sweep: str
@@ -38,6 +43,7 @@ class Job:
     environment: dict[str, str]
     data_dir: Path
     client: Client
+    wandb: str
 
     @classmethod
     def of(cls, settings: Settings, *, command: list[str], is_shut_down: bool = False) -> Job:
@@ -45,7 +51,14 @@ class Job:
         plan = Plan.of(settings.launcher)
         if is_shut_down:
             plan = replace(plan, auto_shutdown=True)
-        _need_copy(settings.new.config, plan)
+        has_mirror, has_wandb = _copies(settings.new.config)
+        if has_mirror or has_wandb:
+            plan = replace(plan, save=(*plan.save, CHECK))
+        elif not plan.save:
+            raise ConfigError(
+                "launcher=vast needs a place where the sweep survives its instance",
+                do="Set mirror.url=, or tracking.wandb.upload_checkpoints=last, or lines of your own with launcher.save and launcher.restore.",
+            )
         environment = scripting.environment(plan)
         env_option(environment)
         arguments = scripting.arguments(
@@ -55,12 +68,15 @@ class Job:
         return cls(
             settings.new.name, plan, arguments, command, environment, settings.data_dir,
             Client(secrets=environment.values()),
+            "" if has_mirror or not has_wandb or settings.resume_from_wandb else project_path(settings.new.config),
         )  # fmt: skip
 
     def script(self, series: str, *, limit_s: float, is_fresh: bool) -> str:
         """What an instance runs."""
+        module = ["sweeper.launch.vast.copies", "launch", self.wandb, self.sweep]
+        launch = [*(module if self.wandb and not is_fresh else ["sweeper", "launch"]), *self.arguments]
         return scripting.script(
-            self.plan, self.sweep, series, limit_s=limit_s, launch=self.arguments, is_fresh=is_fresh
+            self.plan, self.sweep, series, limit_s=limit_s, launch=launch, is_fresh=is_fresh
         )
 
     def writer(self, series: str) -> Callable[[float, bool], Path]:
@@ -89,15 +105,10 @@ def _lines(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _need_copy(config: Mapping[str, Any], plan: Plan) -> None:
-    """An instance ends, and its disk with it. Raises ConfigError when nothing of the sweep would be left."""
-    has_mirror = bool((config.get("mirror") or {}).get("url"))
+def _copies(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether there is a mirror, and whether W&B gets the checkpoints."""
     uploads = config["tracking"]["wandb"].get("upload_checkpoints") or "never"
-    if not has_mirror and uploads == "never" and not plan.save:
-        raise ConfigError(
-            "launcher=vast needs a place where the sweep survives its instance",
-            do="Set mirror.url=, or tracking.wandb.upload_checkpoints=last, or lines of your own with launcher.save and launcher.restore.",
-        )
+    return bool((config.get("mirror") or {}).get("url")), uploads != "never"
 
 
 def show(text: str) -> None:

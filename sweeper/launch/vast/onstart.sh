@@ -215,7 +215,7 @@ if [ -z "$python" ]; then
     : >"$work/env/made"
   fi
 fi
-export PATH="${python%/*}:$PATH"
+export PATH="${python%/*}:$PATH" SWEEPER_PYTHON="$python"
 once setup "$commit" "${setup[@]}"
 once data "" "${data[@]}"
 
@@ -236,10 +236,11 @@ if [ "$fresh" = no ] && [ ! -d "$outputs/sweep/$sweep" ]; then once restore "" "
 code=75
 for try in 1 2 3 4 5; do
   say "train: start $try"
-  run "$python" -m sweeper launch "${launch[@]}" "data_dir=$outputs" && code=0 || code=$?
+  run "$python" -m "${launch[@]}" "data_dir=$outputs" && code=0 || code=$?
   stop_if_asked
   if [ "$code" -ne 75 ]; then break; fi
   sleep "$retry_s"
 done
 if [ "$code" -eq 0 ]; then end_with "done" "the sweep is complete"; fi
+if [ "$code" -eq 76 ]; then finish failed "another machine has taken the sweep over"; fi
 end_with failed "sweeper launch: exit $code"

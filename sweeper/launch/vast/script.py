@@ -21,13 +21,20 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECA
 
 
 def script(
-    plan: Plan, sweep: str, series: str, *, limit_s: float, launch: Sequence[str], is_fresh: bool
+    plan: Plan,
+    sweep: str,
+    series: str,
+    *,
+    limit_s: float,
+    launch: Sequence[str],
+    is_fresh: bool,
+    wandb: str = "",
 ) -> str:
     """The script with every value quoted for the shell.
 
     Args:
         limit_s: When the instance ends itself, in any case.
-        launch: Arguments of `sweeper launch` there.
+        launch: The module that launches the sweep there, and its arguments.
         is_fresh: Clear what an earlier series made on this disk, and bring no copy back.
     """
     values: dict[str, str] = {
