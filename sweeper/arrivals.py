@@ -260,6 +260,7 @@ def fetch_sweep(
     *,
     data_dir: Path,
     overwrite: bool = False,
+    num_checkpoints: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Arrival]:
     """Fetch every run of a sweep; one that is damaged or unsafe is left out, and said so.
@@ -272,7 +273,9 @@ def fetch_sweep(
     refused: SweeperError | None = None
     for run_id in sorted(source.run_ids(sweep)):
         try:
-            arrival = fetch_run(source, run_id, sweep=sweep, data_dir=data_dir, overwrite=overwrite)
+            arrival = fetch_run(
+                source, run_id, sweep=sweep, data_dir=data_dir, overwrite=overwrite, num_checkpoints=num_checkpoints
+            )  # fmt: skip
         except (Damaged, Unsafe) as error:
             refused = error
             say(f"run {run_id[:100]} is left out: {error}")
@@ -402,7 +405,7 @@ class _Incoming:
             raise ConfigError(
                 f"{target} is in the way of run {self.run_id} from {self.source.name}",
                 why=reason,
-                do="Use another data_dir=, move the directory away, or ask to overwrite it (it is then moved aside). Nothing was changed.",
+                do="Use another data_dir=, move the directory away, or, with resume_from_wandb, move it aside by resume.overwrite=true. Nothing was changed.",
             )
         if verdict is Verdict.REPLACE and (owner := rundir.read_owner(target)) is not None:
             if processes.proof_of_death(owner) is None:

@@ -31,7 +31,11 @@ from sweeper.tracking.wandb_sink import project_of
 if TYPE_CHECKING:
     import wandb
 
+    from sweeper.tracking.wandb_checkpoints import Version
+
 TIMEOUT_S = 60
+NUM_VERSIONS = 3
+"""So many of the newest checkpoints are looked at, and the newest that is good is fetched."""
 _WANDB_ID = re.compile(r"(?P<run_id>[a-z0-9][a-z0-9_-]{0,63}\.r\.[0-9]{5,9})[.-][0-9a-z]{8}(?:-[0-9]+)?\Z")
 
 
@@ -80,7 +84,7 @@ class WandbSource:
     wanted: Wanted
     path: str
     _runs: dict[str, Any] = field(default_factory=dict)
-    _artifacts: dict[str, wandb.Artifact] = field(default_factory=dict)
+    _holders: dict[str, dict[str, wandb.Artifact]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         import wandb
@@ -119,26 +123,35 @@ class WandbSource:
             for file in run.files()
             if file.name.startswith(prefix)
         }
-        artifact = self._newest(run)
-        if artifact is None:
-            return Listing(files)
-        self._artifacts[run_id] = artifact
-        entries = artifact.manifest.entries
-        files |= {name: Listed(size_bytes=int(entry.size or 0)) for name, entry in entries.items()}
-        epoch = artifact.metadata.get("lease_epoch")
-        return Listing(files, lease_epoch=epoch if type(epoch) is int and epoch > 0 else 0)
+        lease_epoch, holders = 0, {}
+        for version, artifact in self._versions(run):
+            lease_epoch = max(lease_epoch, version.lease_epoch)
+            for name, entry in artifact.manifest.entries.items():
+                files[name], holders[name] = Listed(size_bytes=int(entry.size or 0)), artifact
+        self._holders[run_id] = holders
+        return Listing(files, lease_epoch=lease_epoch)
 
-    def _newest(self, run: Any) -> wandb.Artifact | None:
-        from sweeper.tracking.wandb_checkpoints import TYPE
+    def newest_step(self, run_id: str) -> int | None:
+        """The step of the newest checkpoint that W&B has of one of `run_ids`."""
+        versions = self._versions(self._runs[run_id])
+        return versions[-1][0].step if versions else None
 
-        versions = [artifact for artifact in run.logged_artifacts() if artifact.type == TYPE]
-        return max(versions, key=lambda artifact: int(artifact.version.removeprefix("v")), default=None)
+    def _versions(self, run: Any) -> list[tuple[Version, wandb.Artifact]]:
+        """The newest versions of the run's checkpoints, newest last: a damaged one has others to walk back to."""
+        from sweeper.tracking.wandb_checkpoints import TYPE, Version
+
+        found = []
+        for artifact in run.logged_artifacts():
+            version = Version.read(artifact.metadata) if artifact.type == TYPE else None
+            if version is not None and artifact.state == "COMMITTED":
+                found.append((version, artifact))
+        return sorted(found, key=lambda pair: (pair[0].lease_epoch, pair[0].step))[-NUM_VERSIONS:]
 
     def fetch(self, run_id: str, name: str, target: Path, *, limit_bytes: int) -> None:
         """Write one listed file to the new file `target`. Raises Gone."""
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wandb-") as private:
-            artifact = self._artifacts.get(run_id)
-            if artifact is not None and name in artifact.manifest.entries:
+            artifact = self._holders[run_id].get(name)
+            if artifact is not None:
                 entry = artifact.get_entry(name)
                 self._check_size(name, int(entry.size or 0), limit_bytes)
                 got = Path(entry.download(root=private, skip_cache=True))

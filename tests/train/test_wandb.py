@@ -257,6 +257,27 @@ def test_a_killed_service_is_replaced_and_each_step_is_there_once(
     assert server.runs[WANDB_ID].exit_codes == [0]
 
 
+def test_a_server_that_is_away_in_the_middle_has_each_step_once(
+    server: WandbServer, hire: Callable[..., Worker], run_dir: Path
+) -> None:
+    worker = hire()
+    worker.begin(run_dir)
+    offset = log_steps(run_dir, 1, 100)
+    worker.wait_for("wandb")
+    assert server.wait_for(lambda: server.runs[WANDB_ID].steps[-1:] == [99])
+    with server.failing("file_stream", drop="before") as fault:
+        offset = log_steps(run_dir, 101, 200, offset=offset)
+        assert server.wait_for(lambda: fault.hits >= 1, timeout_s=30)
+    with server.failing("file_stream", drop="after", times=1) as fault:
+        log_steps(run_dir, 201, 300, offset=offset)
+        worker.end()
+        worker.close()
+    assert fault.hits == 1
+    assert worker.warnings() == []
+    assert server.runs[WANDB_ID].steps == list(range(1, 301))
+    assert server.violations == {}
+
+
 def test_a_preempted_run_says_so_and_is_continued(
     server: WandbServer, hire: Callable[..., Worker], run_dir: Path
 ) -> None:
@@ -431,7 +452,9 @@ def test_a_server_that_goes_away_ends_the_waiting_in_bounded_time(
     worker.end()
     worker.wait_for("done")
     assert time.monotonic() - before < 15
-    assert worker.warnings() == ["W&B did not take all rows of s.r.00001 in time; `sweeper sync` sends them later"]
+    assert worker.warnings() == [
+        "W&B did not take all rows of s.r.00001 in time; `sweeper sync` sends them later"
+    ]
 
 
 def test_online_without_a_key_is_offline_with_a_warning(hire: Callable[..., Worker], run_dir: Path) -> None:
