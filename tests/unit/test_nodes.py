@@ -18,14 +18,17 @@ from sweeper.errors import ConfigError
 from sweeper.trainer import nodes, run
 from sweeper.trainer.nodes import Order
 
-SERVE = """
+AGENT = (
+    "import os, sys, time; open(sys.argv[1], 'a').write(f'{sys.argv[2]} {os.getpid()}\\n'); time.sleep(60)"
+)
+SERVE = f"""
 import subprocess, sys
 from pathlib import Path
 from sweeper.trainer import nodes
 
 def start(order):
-    note = f"open({order.log!r}, 'a').write('{order.run_id} {{os.getpid()}}\\\\n')"
-    return subprocess.Popen([sys.executable, "-c", f"import os, time; {note}; time.sleep(60)"], start_new_session=True)
+    argv = [sys.executable, "-c", {AGENT!r}, order.log, order.run_id]
+    return subprocess.Popen(argv, start_new_session=True)
 
 nodes._start = start
 sys.exit(nodes.serve(Path(sys.argv[1])))
