@@ -31,6 +31,8 @@ UNREACHABLE_S = 600.0
 """How long a server that did not answer is not asked again: each time costs the whole timeout."""
 
 CONFIRM_POLL_S = 0.5
+CONFIRM_S = 5.0
+"""How long a run's last row may take from W&B's door to its answers."""
 SYNC = "`sweeper sync` sends what is missing"
 
 _LOCAL_TIMEOUT_S = 90.0
@@ -319,7 +321,7 @@ class WandbSink:
             self.abandon()
         else:
             if not self._run.offline:
-                self._confirm(deadline_s)
+                self._confirm(min(deadline_s, time.monotonic() + CONFIRM_S))
             if self._checkpoints.finish(max(0.0, deadline_s - time.monotonic())):
                 _tear_down()
             else:
@@ -342,7 +344,9 @@ class WandbSink:
             self._warn(f"W&B does not say whether it has all rows of {self._begin.run_id} ({what}); {SYNC}")
         else:
             if there < last:
-                self._warn(f"W&B has the rows of {self._begin.run_id} up to step {there} of {last}; {SYNC}")
+                self._warn(
+                    f"W&B shows rows of {self._begin.run_id} up to step {there} of {last} so far; if it stays so, {SYNC}"
+                )
 
     def abandon(self) -> None:
         """End the service at once: nothing more is sent, and W&B is told no end."""
