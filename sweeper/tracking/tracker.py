@@ -6,9 +6,12 @@ is kept in memory and sent at the next call.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import select
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +21,8 @@ from sweeper.companion import Companion, Event
 from sweeper.states import Outcome, State
 from sweeper.tracking import orphans
 from sweeper.tracking.messages import Begin, Close, End, TrackingSettings, encode
+
+_REAP_S = 0.5
 
 
 class Tracker:
@@ -37,8 +42,12 @@ class Tracker:
     def __init__(self, settings: TrackingSettings, *, log_path: Path | None = None) -> None:
         self.settings = settings
         self._tag = f"{os.getpid()}.{secrets.token_hex(8)}"
+        # The client leaves temporary directories behind, two a run, when it does not end by itself.
+        self._scratch = os.path.join(tempfile.gettempdir(), f"sweeper-tracker-{secrets.token_hex(8)}")
         self._companion = Companion(
-            "sweeper.tracking.server", variables={orphans.TRACKER_VARIABLE: self._tag}, log_path=log_path
+            "sweeper.tracking.server",
+            variables={orphans.TRACKER_VARIABLE: self._tag, "TMPDIR": self._scratch},
+            log_path=log_path,
         )
         self._events: list[Event] = []
         self._unsettled: list[Begin | End] = []  # what a process started anew must be told again
@@ -152,6 +161,8 @@ class Tracker:
     # --- the process -----------------------------------------------------------------------
 
     def _launch(self) -> None:
+        with contextlib.suppress(OSError):  # the client finds another place
+            os.makedirs(self._scratch, mode=0o700, exist_ok=True)
         if why := self._companion.start():
             self._warn(f"tracking cannot be started: {why}; metrics.jsonl has every row")
 
@@ -209,7 +220,8 @@ class Tracker:
         had_one = self.pid is not None
         how = self._companion.drop()
         if had_one:
-            orphans.end(orphans.TRACKER_VARIABLE, self._tag)
+            orphans.end(orphans.TRACKER_VARIABLE, self._tag, wait_s=_REAP_S)
+            shutil.rmtree(self._scratch, ignore_errors=True)
         return how
 
     def _warn(self, text: str) -> None:

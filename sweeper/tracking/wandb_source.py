@@ -210,7 +210,9 @@ def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, o
     name = wanted.wandb_run_id or wanted.run_id or wanted.sweep
     arguments = [name, path, os.path.abspath(data_dir), str(int(overwrite))]
     argv = [sys.executable, "-P", "-m", "sweeper.tracking.wandb_source", *arguments]
-    child = subprocess.run(argv, stdout=subprocess.PIPE, env=environment(), check=False)
+    with tempfile.TemporaryDirectory(prefix="sweeper-fetch-") as scratch:  # the client leaves some behind
+        env = {**environment(), "TMPDIR": scratch}
+        child = subprocess.run(argv, stdout=subprocess.PIPE, env=env, check=False)
     if child.returncode != EXIT_OK:
         raise SystemExit(child.returncode if child.returncode > 0 else 1)
     arrived: list[str] = json.loads(child.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,7 +182,12 @@ def test_one_run_with_its_id_name_group_config_and_each_step_once(
     assert run.summary["sweeper/state"] == "completed"
 
 
-def test_several_runs_of_one_worker(server: WandbServer, hire: Callable[..., Worker], tmp_path: Path) -> None:
+def test_several_runs_of_one_worker_leave_nothing_in_the_temporary_directory(
+    server: WandbServer, hire: Callable[..., Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     worker = hire()
     for number in (1, 2, 3):
         run_dir = tmp_path / "runs" / rundir.run_id("s", number)
@@ -193,6 +199,7 @@ def test_several_runs_of_one_worker(server: WandbServer, hire: Callable[..., Wor
     assert worker.warnings() == []
     assert [len(run.steps) for run in server.runs.values()] == [10, 20, 30]
     assert [run.exit_codes for run in server.runs.values()] == [[0], [0], [0]]
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_killed_tracker_is_replaced_and_each_step_is_there_once(
