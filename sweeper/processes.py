@@ -59,6 +59,7 @@ def identify(pid: int | None = None) -> ProcessId:
         pid=pid,
         start_ticks=start_ticks(pid) or 0,
         slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
+        slurm_cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
         slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     )
 

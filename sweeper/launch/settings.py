@@ -18,6 +18,8 @@ from sqlalchemy.exc import ArgumentError
 
 from sweeper.config import check_key
 from sweeper.errors import ConfigError
+from sweeper.launch.slurm_settings import check as check_slurm
+from sweeper.reading import hide_password
 from sweeper.records import NewSweep
 from sweeper.search import grid, is_grid, make, space_of
 from sweeper.tracking.wandb_source import Wanted
@@ -167,6 +169,10 @@ def _frozen(node: Any, cfg: DictConfig) -> Any:
 
 def check_values(config: dict[str, Any]) -> None:
     """Refuse values that could only fail later."""
+    for key in ("launcher", "sweep", "lease", "resume", "retry", "checkpoint", "tracking", "mirror"):
+        _need(isinstance(config.get(key), dict), key, config.get(key), "It is a group: leave it in place.")
+    n_workers = config["launcher"].get("n_workers")
+    _need(n_workers is not None, "launcher.n_workers", n_workers, "Use a number of workers, at least 1.")
     sweep, launcher, lease = config["sweep"], config["launcher"], config["lease"]
     _need(
         _is_count(sweep["n_trials"]) and 1 <= sweep["n_trials"] <= 10**9,
@@ -263,6 +269,8 @@ def check_values(config: dict[str, Any]) -> None:
         _need(
             not bad, f"launcher.{key}", value, "It becomes a line of a script: use printable characters only."
         )
+    if launcher.get("kind") == "slurm":
+        check_slurm(launcher)
     workers = launcher.get("n_workers", 1)
     _need(
         _is_count(workers) and 1 <= workers <= 10_000,
@@ -334,9 +342,10 @@ def check_storage(url: str) -> None:
     """Refuse a database this version cannot use. Raises ConfigError."""
     try:
         backend = make_url(url).get_backend_name()
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise ConfigError(
-            f"storage.url={url!r} is not a database URL", do="Use e.g. sqlite:///outputs/sweeper.db."
+            f"storage.url={hide_password(url)!r} is not a database URL",
+            do="Use e.g. sqlite:///outputs/sweeper.db.",
         ) from error
     if backend not in ("sqlite", "postgresql"):
         raise ConfigError(

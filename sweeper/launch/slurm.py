@@ -28,6 +28,7 @@ from submitit.core.utils import FailedJobError
 from sweeper import slurm
 from sweeper.database import database_path
 from sweeper.errors import EXIT_INTERRUPTED, EXIT_NOT_WELL, EXIT_OK, ConfigError
+from sweeper.launch import slurm_settings
 from sweeper.launch.progress import Display, final_report
 from sweeper.launch.slurm_worker import Worker
 from sweeper.reading import Reading
@@ -38,7 +39,13 @@ POLL_S = 2.0
 OURS = ("kind", "n_workers")
 """Keys of the launcher group that are not submitit's."""
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED")
-"""States of a worker that has started, or will without anybody's doing."""
+"""States of a worker that has started, or will without anybody's doing, unless it is held."""
+ENDING = ("COMPLETING", "REQUEUED", "PREEMPTED", "STAGE_OUT", "SIGNALING", "RESIZING")
+"""States of a worker that is over, or is about to be requeued: nobody can say yet."""
+HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUE_FED")
+ENDING_WAIT_S = 30.0
+TEST_WAIT_S = 60.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FIXED = {"name", "job_name", "wckey", "teardown", "stderr_to_stdout", "srun_args", "use_srun"}
 """Parameters of submitit's that are not for users: what is here depends on them."""
 
@@ -110,6 +117,12 @@ class Submission:
             )
         folder = data_dir.resolve() / "sweep" / sweep / "slurm"
         _check_printable("data_dir", folder)
+        if {"%", "\\"} & set(str(folder)):
+            raise ConfigError(
+                f"data_dir={data_dir} cannot be used with launcher=slurm",
+                why="SLURM reads % and \\ in the names of its logs as patterns",
+                do="Choose another data_dir.",
+            )
         worker = Worker(
             sweep, _absolute(storage), str(data_dir.resolve()), int(launcher["cpus_per_task"] or 1)
         )
@@ -137,9 +150,15 @@ class Submission:
                 why="there is no sbatch on the PATH",
                 do="Use launcher=local.",
             )
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=self.text(num_workers), capture_output=True, text=True
-        )
+        try:
+            done = subprocess.run(
+                ["sbatch", "--test-only"], input=self.text(num_workers), capture_output=True, text=True, timeout=TEST_WAIT_S
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"sbatch --test-only does not answer within {TEST_WAIT_S:.0f} s",
+                do="Nothing was started; try again when SLURM's controller is back.",
+            ) from None
         if done.returncode:
             raise refused(done.stderr)
 
@@ -154,17 +173,18 @@ class Submission:
         except FailedJobError as error:
             raise refused(str(error)) from error
 
-    def num_active(self) -> int:
-        """How many workers of this sweep and data directory SLURM has, waiting or running. Raises ConfigError."""
-        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.job_name}", "--format=%T %k"]
+    def queue(self) -> Queue:
+        """The workers of this sweep and data directory that SLURM has. Raises ConfigError."""
+        command = [
+            "squeue", "--me", "--noheader", "--array", f"--name={self.job_name}", "--format=%i|%T|%r|%k"
+        ]  # fmt: skip
         answer = slurm.run(command)
         if answer is None:
             raise ConfigError(
                 "squeue does not answer",
                 do="Nothing was submitted; try again when SLURM's controller is back.",
             )
-        lines = (line.rstrip().partition(" ") for line in answer.splitlines())
-        return sum(state in ACTIVE and comment.endswith(self.label) for state, _, comment in lines)
+        return Queue.parse(answer, label=self.label)
 
     def _num_nodes(self) -> int:
         return int(self.launcher["nodes"] or 1)
@@ -192,7 +212,9 @@ class Submission:
 
     def _executor(self) -> _Executor:
         given = {name: value for name, value in self.launcher.items() if name not in OURS}
-        additional = _additional(given.pop("additional_parameters"))
+        additional = slurm_settings.additional(given.pop("additional_parameters"))
+        for name, value in additional.items():
+            _check_printable(f"launcher.additional_parameters.{name}", value)
         comments = (given.pop("comment", None), additional.pop("comment", None), self.label)
         additional |= {"requeue": True, "comment": " ".join(str(comment) for comment in comments if comment)}
         _check_known(given)
@@ -203,26 +225,13 @@ class Submission:
             executor.update_parameters(
                 job_name=self.job_name, wckey=None, teardown=AFTERWARDS.splitlines(), stderr_to_stdout=True,
                 additional_parameters=additional, srun_args=self._srun_arguments(),
-                **executor._convert_parameters(parameters),
+                **{"time": None, **executor._convert_parameters(parameters)},  # submitit's own default is 5 minutes
             )  # fmt: skip
         except (ValueError, TypeError, AssertionError, NameError) as error:
             raise ConfigError(
                 "the launcher group is refused", why=" ".join(str(error).split())[:500]
             ) from error
         return executor
-
-
-def _additional(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    found = {str(name).replace("_", "-"): value for name, value in (options or {}).items()}
-    for name, value in found.items():
-        _check_printable(f"launcher.additional_parameters.{name}", value)
-    if taken := sorted({"job-name", "array"} & set(found)):
-        raise ConfigError(
-            f"launcher.additional_parameters.{taken[0]} cannot be set",
-            why="the sweep's workers are known by it",
-            do="Choose sweep.name and launcher.n_workers instead.",
-        )
-    return found
 
 
 def _check_printable(key: str, value: object) -> None:
@@ -250,6 +259,43 @@ def _absolute(storage: str) -> str:
     if url.get_backend_name() != "sqlite":
         return storage
     return f"sqlite:///{Path(str(url.database)).resolve()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Ids of a sweep's jobs, array members one by one.
+
+    Attributes:
+        active: That train, or will without anybody's doing.
+        ending: That are over, or are being requeued.
+        held: That wait until somebody releases them: id → why.
+    """
+
+    active: list[str]
+    ending: list[str]
+    held: dict[str, str]
+
+    @classmethod
+    def parse(cls, text: str, *, label: str) -> Queue:
+        """Read lines `id|state|reason|comment`; jobs of another label are somebody else's."""
+        queue = cls([], [], {})
+        for line in text.splitlines():
+            job, state, reason, comment = (line.rstrip().split("|", 3) + [""] * 3)[:4]
+            if not comment.endswith(label):
+                continue
+            is_held = "held" in reason.lower() or reason == "DependencyNeverSatisfied"
+            if state in HELD or (state == "PENDING" and is_held):
+                queue.held[job] = reason
+            elif state in ACTIVE:
+                queue.active.append(job)
+            elif state in ENDING:
+                queue.ending.append(job)
+        return queue
+
+    def held_text(self) -> str:
+        """What to do about held jobs."""
+        why = ", ".join(sorted(set(self.held.values())))
+        return f"held by SLURM ({why}): `scontrol release {','.join(self.held)}` lets them run, `scancel` ends them"
 
 
 def refused(said: str) -> ConfigError:
@@ -283,15 +329,33 @@ def launch(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_wait
     """Submit the workers that are missing; returns the exit code."""
     submission = Submission.of(sweep.name, sweep.config["launcher"], storage=storage, data_dir=data_dir)
     num_wanted = min(int(sweep.config["launcher"]["n_workers"]), num_left)
-    num_active = submission.num_active()
-    if num_active < num_wanted:
-        jobs = submission.submit(num_wanted - num_active)
+    queue = _settled_queue(submission, num_wanted)
+    num_there = len(queue.active) + len(queue.ending)
+    if queue.held:
+        print(
+            f"[LAUNCH] {len(queue.held)} workers of sweep {sweep.name} are {queue.held_text()}",
+            file=sys.stderr,
+        )
+    if num_there < num_wanted:
+        jobs = submission.submit(num_wanted - num_there)
         print(f"submitted {len(jobs)} workers: {', '.join(jobs)}")
     else:
-        print(f"SLURM has {num_active} workers of sweep {sweep.name} already; nothing was submitted")
+        ending = (
+            f" ({len(queue.ending)} of them ending; launch again if they do not come back)"
+            if queue.ending
+            else ""
+        )
+        print(f"SLURM has {num_there} workers of sweep {sweep.name} already{ending}; nothing was submitted")
     if database_path(storage) is not None:
         print(
-            "the database is SQLite: jobs on other machines than this one will refuse it; `sweeper db up` starts a PostgreSQL",
+            "the database is SQLite: jobs on other machines than this one will refuse it; "
+            "`sweeper db up --host ADDRESS` starts a PostgreSQL that they reach",
+            file=sys.stderr,
+        )
+    elif (make_url(storage).host or "localhost") in LOOPBACK:
+        print(
+            f"the database is at {make_url(storage).host or 'a local socket'}: jobs on other machines than this one cannot "
+            "reach it; `sweeper db up --host ADDRESS` starts one that they reach",
             file=sys.stderr,
         )
     status = next_command("status", sweep.name, "--watch", storage=storage, data_dir=data_dir)
@@ -299,20 +363,42 @@ def launch(sweep: Sweep, *, storage: str, data_dir: Path, num_left: int, is_wait
     return follow(submission, storage=storage, data_dir=data_dir) if is_waiting else EXIT_OK
 
 
+def _settled_queue(submission: Submission, num_wanted: int) -> Queue:
+    """The queue once nobody is about to be requeued, or is still after a while: then it counts as there."""
+    deadline = time.monotonic() + ENDING_WAIT_S
+    queue, has_said = submission.queue(), False
+    while queue.ending and len(queue.active) < num_wanted and time.monotonic() < deadline:
+        if not has_said:
+            has_said = True
+            print(
+                f"[LAUNCH] {len(queue.ending)} workers are ending or being requeued; waiting {ENDING_WAIT_S:.0f} s at most",
+                file=sys.stderr,
+            )
+        time.sleep(POLL_S)
+        queue = submission.queue()
+    return queue
+
+
 def follow(submission: Submission, *, storage: str, data_dir: Path) -> int:
     """Show the sweep until it is complete, or SLURM has no worker of it any more."""
     sweep = submission.sweep
+    jobs: list[str] = []
     try:
         with Display(sweep, storage=storage) as display:
-            said = ""
+            said, num_empty = "", 0
             while True:
                 try:
                     if _is_complete(sweep, storage):
                         break
-                    if submission.num_active() == 0 and not _is_complete(sweep, storage):
+                    queue = submission.queue()
+                    jobs = [*queue.active, *queue.ending] or jobs
+                    num_empty = 0 if queue.active or queue.ending else num_empty + 1
+                    # Twice: between the end of a job and its requeue SLURM may know of neither.
+                    if num_empty >= 2 and not _is_complete(sweep, storage):
                         again = next_command("resume", sweep, storage=storage, data_dir=data_dir)
+                        held = f"; {len(queue.held)} are {queue.held_text()}" if queue.held else ""
                         display.line(
-                            f"[LAUNCH] SLURM has no worker of {sweep} any more, and it is not complete: {again}"
+                            f"[LAUNCH] SLURM has no worker of {sweep} any more, and it is not complete: {again}{held}"
                         )
                         return EXIT_NOT_WELL
                 except ConfigError as error:  # controller or database are away: the workers are not
@@ -323,7 +409,7 @@ def follow(submission: Submission, *, storage: str, data_dir: Path) -> int:
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
         print(
-            f"\nthe workers of {sweep} go on; `scancel --name={submission.job_name}` ends them",
+            f"\nthe workers of {sweep} go on; `scancel {' '.join(jobs)}` ends them",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED

@@ -202,7 +202,9 @@ def test_a_worker_gets_all_cpus_that_were_asked_for(launch: Any) -> None:
 
 
 def squeue(data_dir: Path, *states: str) -> str:
-    return "".join(f"{state} {label(data_dir)}\n" for state in states)
+    """Lines of squeue; a state may carry a reason: `PENDING|JobHeldUser`."""
+    known = (state if "|" in state else f"{state}|None" for state in states)
+    return "".join(f"{7 + number}|{state}|{label(data_dir)}\n" for number, state in enumerate(known))
 
 
 @pytest.mark.parametrize("again", [["launch"], ["resume", "simple"]])
@@ -210,15 +212,44 @@ def test_going_on_submits_only_what_is_missing(
     fake: Fake, sweeper: Any, launch: Any, tmp_path: Path, again: list[str]
 ) -> None:
     launch()
-    others = "RUNNING sweeper 0123456789ab\nRUNNING (null)\nPENDING\nRUNNING of my own\n"
-    over = squeue(tmp_path / "outputs", "COMPLETING", "REQUEUE_HOLD", "SPECIAL_EXIT")
+    others = (
+        "1|RUNNING|None|sweeper 0123456789ab\n2|RUNNING|None|(null)\n3|PENDING\n4|RUNNING|None|of my own\n"
+    )
+    over = squeue(tmp_path / "outputs", "COMPLETED", "TIMEOUT", "NODE_FAIL")
     fake.says("squeue", others + squeue(tmp_path / "outputs", "RUNNING", "PENDING") + over)
     fake.says("sbatch", "Submitted batch job 200\n")
     said = launch() if again == ["launch"] else sweeper(*again)
     assert (said.code, said.out) == (EXIT_OK, "submitted 2 workers: 200_0, 200_1\n")
     assert "#SBATCH --array=0-1%2\n" in fake.scripts()[-1]
     asked = next(call["argv"] for call in fake.calls() if call["program"] == "squeue")
-    assert asked == ["--me", "--noheader", "--array", "--name=sweeper-simple", "--format=%T %k"]
+    assert asked == ["--me", "--noheader", "--array", "--name=sweeper-simple", "--format=%i|%T|%r|%k"]
+
+
+def test_held_jobs_are_no_workers_and_it_is_said_how_they_get_on(
+    fake: Fake, launch: Any, tmp_path: Path
+) -> None:
+    held = (
+        "PENDING|job requeued in held state",
+        "PENDING|JobHeldUser",
+        "REQUEUE_HOLD|launch failed requeued held",
+    )
+    fake.says("squeue", squeue(tmp_path / "outputs", "PENDING|Resources", *held))
+    said = launch()
+    assert said.out == "submitted 3 workers: 100_0, 100_1, 100_2\n"
+    assert "3 workers of sweep simple are held by SLURM (JobHeldUser, job requeued in held state" in said.err
+    assert "`scontrol release 8,9,10` lets them run" in said.err
+
+
+def test_workers_that_are_being_requeued_are_waited_for_and_then_count(
+    fake: Fake, launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "POLL_S", 0.01)
+    monkeypatch.setattr(launching, "ENDING_WAIT_S", 0.2)
+    fake.says("squeue", squeue(tmp_path / "outputs", "RUNNING", "RUNNING", "COMPLETING", "COMPLETING"))
+    said = launch()
+    assert "SLURM has 4 workers of sweep simple already (2 of them ending; launch again" in said.out
+    assert "2 workers are ending or being requeued; waiting" in said.err
+    assert fake.scripts() == []
 
 
 def test_a_single_missing_worker_is_a_job_of_its_own(fake: Fake, launch: Any, tmp_path: Path) -> None:
@@ -260,7 +291,7 @@ def test_workers_of_a_sweep_with_a_comment_of_its_own_are_known_again(
     comment = "+launcher.additional_parameters.comment='paid by physics'"
     whole = f"paid by physics {label(tmp_path / 'outputs')}"
     assert f"#SBATCH --comment='{whole}'\n" in launch("--dry-run", comment).out
-    fake.says("squeue", f"RUNNING {whole}\n" * 4)
+    fake.says("squeue", f"1|RUNNING|None|{whole}\n" * 4)
     assert "nothing was submitted" in launch(comment).out
 
 
@@ -346,7 +377,14 @@ def test_a_key_that_there_is_not_is_refused_in_words_for_people(fake: Fake, laun
 
 def refusal(tmp_path: Path, **launcher: Any) -> str:
     """Why the sbatch file of such a launcher group is refused."""
-    group = {"cpus_per_task": 1, "tasks_per_node": 1, "nodes": 1, "additional_parameters": {}, **launcher}
+    group = {
+        "cpus_per_task": 1,
+        "tasks_per_node": 1,
+        "nodes": 1,
+        "additional_parameters": {},
+        "setup": [],
+        **launcher,
+    }
     with pytest.raises(ConfigError) as caught:
         Submission.of("simple", group, storage="sqlite:///x.db", data_dir=tmp_path).text(1)
     return str(caught.value)
@@ -355,6 +393,39 @@ def refusal(tmp_path: Path, **launcher: Any) -> str:
 @pytest.mark.parametrize("key", ["job_name", "name", "teardown", "use_srun", "srun_args"])
 def test_what_the_launcher_sets_itself_cannot_be_set(tmp_path: Path, key: str) -> None:
     assert f"launcher.{key} is not known" in refusal(tmp_path, **{key: "x"})
+
+
+BAD_VALUES = {
+    "launcher.cpus_per_task=abc": "launcher.cpus_per_task='abc' is of no use. Use a whole number",
+    "launcher.nodes=2-3": "launcher.nodes='2-3'", "launcher.nodes=-1": "launcher.nodes=-1",
+    "launcher.array_parallelism=0": "launcher.array_parallelism=0", "launcher.tasks_per_node=x": "launcher.tasks_per_node",
+    "launcher.mem_gb=abc": "launcher.mem_gb", "launcher.mem_gb=0.0001": "launcher.mem_gb",
+    "launcher.setup=abc": "Use a list of lines of shell", "launcher.setup=[1,2]": "Use a list of lines of shell",
+    "launcher.signal_delay_s=null": "launcher.signal_delay_s=None", "launcher.additional_parameters=abc": "{option: value}",
+    "launcher.timeout_min=3": "leaves no time to train", "~launcher.nodes": "launcher.nodes is missing",
+    "~launcher.n_workers": "launcher.n_workers", "~launcher": "launcher=None cannot be used",
+    "storage.url=postgresql://u@h:notaport/d": "is not a database URL",
+    "+launcher.additional_parameters.signal=USR1@3": "Choose launcher.signal_delay_s",
+    "+launcher.additional_parameters.no_requeue=true": "jobs are always requeued",
+    "+launcher.additional_parameters.mail={a:1}": "launcher.additional_parameters.mail",
+    "data_dir=p%j%d": "SLURM reads %",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "says"), BAD_VALUES.items())
+def test_a_value_of_no_use_is_refused_with_its_key(fake: Fake, launch: Any, override: str, says: str) -> None:
+    said = launch("--dry-run", override)
+    assert (said.code, said.out.count("#!/bin/bash")) == (EXIT_CONFIG, 0), said.err
+    assert says.lower() in said.err.lower()
+    assert "mistake in sweeper" not in said.err
+
+
+def test_no_time_limit_and_lists_reach_sbatch_as_they_are_meant(launch: Any) -> None:
+    script = launch(
+        "--dry-run", "launcher.timeout_min=null", "+launcher.additional_parameters.mail_type=[FAIL,END]"
+    ).out
+    assert "--time" not in script
+    assert "#SBATCH --mail-type=FAIL,END\n" in script
 
 
 @pytest.mark.parametrize("key", ["job_name", "job-name", "array"])
@@ -533,14 +604,21 @@ def test_following_outlives_a_controller_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Silence of squeue is no end of the workers; only its word is."""
-    answers = iter([None, None, "RUNNING label\n", ""])
+    submission = Submission(
+        "simple", {}, tmp_path, Worker("simple", f"sqlite:///{tmp_path}/sweeper.db", str(tmp_path), 1)
+    )
+    line = f"7|{{}}|None|{submission.label}\n"
+    # Between the end of a job and its requeue there may be none for a moment.
+    answers = iter(
+        [None, None, line.format("RUNNING"), "", line.format("COMPLETING"), line.format("PENDING"), "", ""]
+    )
     monkeypatch.setattr(launching.slurm, "run", lambda command: next(answers))
     monkeypatch.setattr(launching, "_is_complete", lambda sweep, storage: False)
     monkeypatch.setattr(launching, "POLL_S", 0.0)
     monkeypatch.setattr(launching.Display, "refresh", lambda self: None)  # there is no database to show
-    storage = f"sqlite:///{tmp_path}/sweeper.db"
-    submission = Submission("simple", {}, tmp_path, Worker("simple", storage, str(tmp_path), 1))
+    storage = submission.worker.storage
     assert launching.follow(submission, storage=storage, data_dir=tmp_path) == EXIT_NOT_WELL
+    assert next(answers, "all are asked for") == "all are asked for"
     said = capfd.readouterr().err
     assert said.count("squeue does not answer; asked again") == 1
     assert "SLURM has no worker of simple any more" in said

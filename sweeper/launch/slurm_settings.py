@@ -1,0 +1,100 @@
+"""The keys of launcher=slurm, checked before anything is made of them. What SLURM thinks of them it says itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sweeper.errors import ConfigError
+
+EARLY_S = 60
+"""SLURM warns up to so much earlier than it was asked to. Source: sbatch(1), --signal."""
+
+_COUNTS = ("n_workers", "nodes", "tasks_per_node", "cpus_per_task", "array_parallelism", "signal_delay_s")
+_COUNTS_OR_NULL = ("timeout_min",)
+_TEXTS = ("partition", "account", "qos", "constraint", "gres")
+NEEDED = (*_COUNTS, *_COUNTS_OR_NULL, *_TEXTS, "gpus_per_node", "mem_gb", "setup", "additional_parameters")
+
+_OURS = {
+    "job-name": "the sweep's workers are known by it: choose sweep.name",
+    "array": "choose launcher.n_workers",
+    "signal": "choose launcher.signal_delay_s",
+    "nodes": "choose launcher.nodes",
+    "ntasks": "choose launcher.tasks_per_node",
+    "ntasks-per-node": "choose launcher.tasks_per_node",
+    "cpus-per-task": "choose launcher.cpus_per_task",
+    "time": "choose launcher.timeout_min",
+    "output": "logs lie where sweeper looks for them",
+    "error": "logs lie where sweeper looks for them",
+    "open-mode": "a requeued job goes on in its log",
+    "requeue": "jobs are always requeued",
+    "no-requeue": "jobs are always requeued",
+    "wrap": "the script is sweeper's",
+}
+"""Options of sbatch on which the rest depends."""
+
+
+def check(launcher: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value that is of no use, naming its key."""
+    for key in NEEDED:
+        if key not in launcher:
+            raise ConfigError(f"launcher.{key} is missing", do="Leave it as launcher=slurm has it.")
+    for key in _COUNTS:
+        _need(_is_count(launcher[key]), key, launcher[key], "Use a whole number, at least 1.")
+    for key in _COUNTS_OR_NULL:
+        value = launcher[key]
+        _need(value is None or _is_count(value), key, value, "Use a whole number, at least 1, or null.")
+    for key in _TEXTS:
+        value = launcher[key]
+        _need(
+            value is None or (isinstance(value, str | int) and value != ""),
+            key,
+            value,
+            "Use a text, or null.",
+        )
+    gpus, memory, setup = launcher["gpus_per_node"], launcher["mem_gb"], launcher["setup"]
+    is_gpus = gpus is None or isinstance(gpus, str) or (type(gpus) is int and gpus >= 0)
+    _need(is_gpus, "gpus_per_node", gpus, "Use a number of GPUs, or null.")
+    is_memory = memory is None or (type(memory) in (int, float) and memory * 1024 >= 1)
+    _need(is_memory, "mem_gb", memory, "Use a number of GB, at least 0.001, or null.")
+    is_lines = isinstance(setup, list) and all(isinstance(line, str) for line in setup)
+    _need(is_lines, "setup", setup, "Use a list of lines of shell: launcher.setup=['module load cuda'].")
+    _check_time(launcher["timeout_min"], launcher["signal_delay_s"])
+    additional(launcher["additional_parameters"])
+
+
+def additional(options: object) -> dict[str, Any]:
+    """`launcher.additional_parameters` by sbatch's names; lists become texts. Raises ConfigError."""
+    key = "additional_parameters"
+    if options is None:
+        return {}
+    _need(isinstance(options, Mapping), key, options, f"Use launcher.{key}={{option: value}}.")
+    assert isinstance(options, Mapping)
+    found = {str(name).replace("_", "-"): value for name, value in options.items()}
+    for name, value in found.items():
+        if name in _OURS:
+            raise ConfigError(f"launcher.{key}.{name} cannot be set", do=f"{_OURS[name].capitalize()}.")
+        items = value if isinstance(value, list) else [value]
+        is_plain = all(item is None or isinstance(item, str | int | float) for item in items)
+        _need(is_plain, f"{key}.{name}", value, "Use a text, a number, true, or a list of them.")
+        if isinstance(value, list):
+            found[name] = ",".join(map(str, value))
+    return found
+
+
+def _check_time(timeout_min: int | None, signal_delay_s: int) -> None:
+    if timeout_min is not None and timeout_min * 60 <= signal_delay_s + EARLY_S:
+        raise ConfigError(
+            f"launcher.timeout_min={timeout_min} leaves no time to train",
+            why=f"SLURM warns {signal_delay_s} s before it (launcher.signal_delay_s), and up to {EARLY_S} s earlier",
+            do="Raise timeout_min, or lower signal_delay_s to what a save takes.",
+        )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _need(is_good: bool, key: str, value: object, do: str) -> None:
+    if not is_good:
+        raise ConfigError(f"launcher.{key}={value!r} is of no use", do=do)
