@@ -455,8 +455,16 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def clean(run_dir: Path) -> None:
-    """Remove what crashes left behind: temporary files. Only the owner of the run may do this."""
+UPLOADS = ".wandb_upload."
+"""What the names of the tracker's directories begin with, out of which it uploads to W&B."""
+
+
+def clean(run_dir: Path, *, is_tracked: bool = False) -> None:
+    """Remove what crashes left behind: temporary files. Only the owner of the run may do this.
+
+    Args:
+        is_tracked: Our own tracker still uploads; what it uploads stays.
+    """
     for entry in _entries(run_dir):
-        if fsops.is_temporary(entry.name):
+        if fsops.is_temporary(entry.name) and not (is_tracked and entry.name.startswith(UPLOADS)):
             fsops.remove_tree(Path(entry.path))

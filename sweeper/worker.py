@@ -289,6 +289,8 @@ class Worker:
         rundir.clean(run_dir)
         checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch)
         log_path = rundir.attempt_log(run_dir, run.attempts)
+        if slurm.is_inside():
+            self._weigh_save(self._store.longest_save_s(self._sweep.sweep_id))
         self._num_refusals = 0  # the disk has taken all that a training begins with
         ending = self._supervisor.run(
             run,
@@ -431,7 +433,8 @@ class Worker:
 def settle(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
     """Make a run's final state durable: result.json → database → marker, in this order."""
     store.check(lease)
-    tidy(run_dir, lease)
+    # HAZARD: the last checkpoint of the run may be on its way to W&B.
+    tidy(run_dir, lease, is_tracked=True)
     rundir.write_result(
         run_dir, lease_epoch=lease.lease_epoch, state=str(state), value=ending.value,
         reason=ending.reason, outcome=str(ending.outcome), finished_at=_now(),
@@ -448,9 +451,9 @@ def close(store: Store, lease: Lease, run_dir: Path, state: State, ending: Endin
     rundir.remove_marker(run_dir)
 
 
-def tidy(run_dir: Path, lease: Lease) -> None:
+def tidy(run_dir: Path, lease: Lease, *, is_tracked: bool = False) -> None:
     """Remove what attempts up to this one left unfinished: temporary files, partial checkpoints, trash."""
-    rundir.clean(run_dir)
+    rundir.clean(run_dir, is_tracked=is_tracked)
     checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch + 1)
 
 

@@ -47,7 +47,6 @@ PAGE = 100
 _API_TIMEOUT_S = 20
 _CLOSE_S = 2.0
 _JOIN_S = 0.05
-_PRIVATE = "wandb_upload"
 
 
 def collection_name(wandb_run_id: str) -> str:
@@ -508,10 +507,10 @@ class _Uploads:
         self._stream: _Stream | None = None
         self._known: set[str] | None = None
         self._number = 0
-        for left in self._run_dir.glob(f".{_PRIVATE}.*.tmp"):  # by a tracker that was killed
+        for left in self._run_dir.glob(f"{rundir.UPLOADS}*.tmp"):  # by a tracker that was killed
             fsops.remove_tree(left)
         # A name that the run's next owner removes, should this process be killed.
-        self._directory = fsops.temporary_name(self._run_dir / _PRIVATE)
+        self._directory = fsops.temporary_name(self._run_dir / rundir.UPLOADS.strip("."))
         self._directory.mkdir(mode=0o700)
 
     # --- files, in the caller's thread -----------------------------------------------------
