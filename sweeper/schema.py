@@ -138,6 +138,7 @@ attempt = Table(
     Column("detail", Text),  # traceback or last lines of the log
     Column("went_on_at", Float),  # when the trainer said where it starts
     Column("num_gpus", Integer),
+    Column("longest_save_s", Float),
 )
 
 verdict = Table(

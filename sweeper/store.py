@@ -318,8 +318,8 @@ class Store(Database):
             )  # fmt: skip
 
     @patient
-    def record_checkpoint(self, lease: Lease, *, step: int) -> None:
-        """A checkpoint is durable on disk under this lease: budgets start anew."""
+    def record_checkpoint(self, lease: Lease, *, step: int, seconds: float = 0.0) -> None:
+        """A checkpoint is durable on disk under this lease, and took so long: budgets start anew."""
         with self._transaction() as connection:
             self._guarded(
                 connection, lease,
@@ -327,9 +327,21 @@ class Store(Database):
             )  # fmt: skip
             execute(
                 connection,
-                "UPDATE sweeper_attempt SET checkpoint_step=:step WHERE run_id=:r AND lease_epoch=:e",
-                step=step, r=lease.run_id, e=lease.lease_epoch,
+                "UPDATE sweeper_attempt SET checkpoint_step=:step, longest_save_s=CASE WHEN longest_save_s > :seconds "
+                "THEN longest_save_s ELSE :seconds END WHERE run_id=:r AND lease_epoch=:e",
+                step=step, seconds=seconds, r=lease.run_id, e=lease.lease_epoch,
             )  # fmt: skip
+
+    def longest_save_s(self, sweep_id: int) -> float:
+        """Seconds that the longest save of this sweep took so far; 0 when there was none."""
+        with self._reading() as connection:
+            found = execute(
+                connection,
+                "SELECT MAX(a.longest_save_s) FROM sweeper_attempt a JOIN sweeper_run r ON r.run_id=a.run_id "
+                "WHERE r.sweep_id=:s",
+                s=sweep_id,
+            ).scalar()
+        return float(found or 0.0)
 
     @patient
     def mean_time_between_failures_s(self, sweep_id: int) -> float:

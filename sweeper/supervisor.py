@@ -268,8 +268,9 @@ class Supervisor:
         elif kind == "lease":
             self._store.check(lease)
         elif kind == "committed":
-            self._store.record_checkpoint(lease, step=message["step"])
-            self._on_save(message.get("seconds", 0.0))
+            seconds = float(message.get("seconds", 0.0))
+            self._store.record_checkpoint(lease, step=message["step"], seconds=seconds)
+            self._on_save(seconds)
         elif kind == "report":
             return {"prune": self._judge(run, lease, step=message["step"], value=message["value"])}
         return {}

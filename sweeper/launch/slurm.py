@@ -313,6 +313,15 @@ def make_private(folder: Path) -> None:
     """Create the folder of pickles, which jobs execute: nobody else may write there. Raises ConfigError."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
+    for above in (folder.parent, folder.parent.parent, folder.parent.parent.parent):
+        status = os.lstat(above)
+        is_open = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+        if is_open or status.st_uid not in (0, os.getuid()):
+            raise ConfigError(
+                f"{above} is not safe for what SLURM jobs execute",
+                why="everybody can write to it" if is_open else "it is another user's",
+                do="Make it yours alone (chmod o-w), or choose another data_dir.",
+            )
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ConfigError(

@@ -61,6 +61,7 @@ class Committer:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._began_s: float | None = None
+        self._waited_s = 0.0
         self.known_good: dict[int, Kept] = {}
 
     def save(self, plan: Plan, files: Mapping[str, memoryview], *, metrics_fd: int | None = None) -> None:
@@ -74,7 +75,7 @@ class Committer:
             Fenced: The run belongs to somebody else; the draft stays, a fenced process deletes nothing.
             OSError: The disk refused; older checkpoints are untouched.
         """
-        self._began_s = time.monotonic()
+        self._began_s, self._waited_s = time.monotonic(), 0.0
         draft = plan.draft()
         try:
             for name, image in files.items():
@@ -107,12 +108,14 @@ class Committer:
             self.complain(f"older checkpoints could not be removed: {error}")
 
     def _record(self, manifest: Manifest) -> None:
-        seconds = 0.0 if self._began_s is None else time.monotonic() - self._began_s
+        seconds = 0.0 if self._began_s is None else time.monotonic() - self._began_s - self._waited_s
         self._link.ask("committed", step=manifest.step, seconds=seconds)
 
     def check_lease(self) -> None:
         """Raise Fenced unless the lease holds at this moment."""
+        before = time.monotonic()
         self._link.ask("lease")
+        self._waited_s += time.monotonic() - before  # the database's time is not the save's
 
     def complain(self, text: str) -> None:
         """Say something in the worker's log that a person should see."""

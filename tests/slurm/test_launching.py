@@ -594,6 +594,22 @@ def test_a_database_password_reaches_no_file_and_no_command_line(
     assert worker.storage == server
 
 
+def test_a_folder_that_somebody_else_can_swap_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep" / "simple" / "slurm"
+    folder.parent.mkdir(parents=True)
+    folder.parent.parent.chmod(0o777)
+    with pytest.raises(
+        ConfigError, match=r"sweep is not safe .* everybody can write to it\. Make it yours alone"
+    ):
+        make_private(folder)
+    folder.parent.parent.chmod(0o1777)
+    make_private(folder)
+    if os.getuid() == 0:
+        os.chown(folder.parent, NOBODY, NOBODY)
+        with pytest.raises(ConfigError, match=r"simple is not safe .* it is another user's"):
+            make_private(folder)
+
+
 def test_make_private_raises_what_people_can_read(tmp_path: Path) -> None:
     to_a_file(tmp_path / "slurm")
     with pytest.raises(ConfigError, match=re.escape("Remove it, or choose another data_dir or sweep.name.")):

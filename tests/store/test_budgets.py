@@ -72,6 +72,14 @@ def test_a_newer_checkpoint_refills_all_budgets(store: Store, sweep: Sweep) -> N
     assert store.budget_after(claim.lease, Outcome.CRASHED) == 1, "the next one is"
 
 
+def test_the_longest_save_of_a_sweep_is_known_to_later_attempts(store: Store, sweep: Sweep) -> None:
+    assert store.longest_save_s(sweep.sweep_id) == 0.0
+    claim = sweeps.must_draw(store, sweep)
+    for step, seconds in enumerate((2.0, 7.5, 3.0), start=1):
+        store.record_checkpoint(claim.lease, step=step, seconds=seconds)
+    assert store.longest_save_s(sweep.sweep_id) == 7.5
+
+
 def counts_now(store: Store, claim: Claim) -> dict[Outcome, int]:
     run = store.run(claim.run.run_id)
     return {outcome: getattr(run, column) for outcome, column in COSTLY.items()}

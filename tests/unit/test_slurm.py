@@ -479,3 +479,12 @@ def test_a_save_that_takes_longer_than_the_grace_is_said_once(
     for seconds in (7.9, 12.0, 13.0):
         worker._weigh_save(seconds)
     assert capfd.readouterr().err.count("a save took 12 s, and SLURM kills a preempted job after 8 s") == 1
+
+
+def test_the_same_number_on_another_cluster_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(squeue(("7", "CANCELLED", 0)))
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
+    known = replace(owner("7"), slurm_cluster="here")
+    assert Jobs(cluster).death(known) is not None
+    assert Jobs(cluster).death(replace(known, slurm_cluster="there")) is None
+    assert Jobs(cluster).death(replace(known, slurm_cluster="")) is not None, "of an earlier version"

@@ -1,4 +1,4 @@
-"""When an attempt's training went on, and on how many GPUs: what resuming costs and saves."""
+"""When an attempt's training went on, on how many GPUs, and how long saves took: what resuming costs and saves."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,3 +10,4 @@ down_revision = "0001"
 def upgrade() -> None:
     op.add_column("sweeper_attempt", sa.Column("went_on_at", sa.Float()))
     op.add_column("sweeper_attempt", sa.Column("num_gpus", sa.Integer()))
+    op.add_column("sweeper_attempt", sa.Column("longest_save_s", sa.Float()))
