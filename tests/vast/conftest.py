@@ -90,7 +90,7 @@ def client(warm_vastai: Path, server: VastServer, tmp_path: Path, monkeypatch: p
 TRAINER = r"""#!/bin/bash
 # Stands for the instance's Python: `python -m sweeper launch …` trains as long as the file `train` says.
 printf '%s\n' "$*" >>"$SWEEPER_DATA_DIR/../trained"
-mkdir -p "$SWEEPER_DATA_DIR/sweep/$SWEEP"
+mkdir -p "$SWEEPER_DATA_DIR/sweep/$SWEEP/runs"
 trap 'exit 75' TERM
 eval "$(cat "$FAKE/train")"
 """

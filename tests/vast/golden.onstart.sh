@@ -98,7 +98,7 @@ line() { run bash -euo pipefail -c "$1"; }
 # The copy is whole before the instance goes.
 save_all() {
   local step try
-  if [ ! -d "$outputs/sweep/$sweep" ]; then return 0; fi
+  if [ ! -d "$outputs/sweep/$sweep/runs" ]; then return 0; fi
   for step in "${save[@]}"; do
     for try in 1 2 3 4 5; do
       say "save: $step"
@@ -231,7 +231,7 @@ if [ ! -e "$outputs" ]; then
   mkdir "$outputs"
   echo "$series" >"$outputs/.onstart"
 fi
-if [ "$fresh" = no ] && [ ! -d "$outputs/sweep/$sweep" ]; then once restore "" "${restore[@]}"; fi
+if [ "$fresh" = no ] && [ ! -d "$outputs/sweep/$sweep/runs" ]; then once restore "" "${restore[@]}"; fi
 
 code=75
 for try in 1 2 3 4 5; do

@@ -76,7 +76,7 @@ def test_hostile_values_reach_the_sweep_unchanged(tmp_path: Path) -> None:
     """Each as an argument of the launch and as a line of data, through packing and bash."""
     python = tmp_path / "a b" / "python"
     python.parent.mkdir()
-    python.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$SWEEPER_WORKSPACE/arguments"\nmkdir -p "$SWEEPER_DATA_DIR/sweep/$SWEEP"\n')  # fmt: skip
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$SWEEPER_WORKSPACE/arguments"\nmkdir -p "$SWEEPER_DATA_DIR/sweep/$SWEEP/runs"\n')  # fmt: skip
     python.chmod(0o700)
     lines = [f"printf '%s\\0' {shlex.quote(value)} >>\"$SWEEPER_WORKSPACE/lines\"" for value in HOSTILE]
     made = plan(python=str(python), data=lines, auto_shutdown=False, linger_s=0, git_branch=None)

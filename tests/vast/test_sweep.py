@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from vast_server import VastServer
+from wandb_server import API_KEY, WandbServer
 
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK
 from sweeper.mirror import indexes
@@ -60,8 +61,8 @@ def test_an_interrupted_sweep_goes_on_from_its_mirror_on_another_instance(
 ) -> None:
     url = f"file://{tmp_path}/mirror"
     sweep = overrides(**{
-        "mirror.url": url, "mirror.every_s": "0.1", "checkpoint.every_n_steps": "20", "checkpoint.every_s": "null",
-        "sweep.n_trials": "2", "trainer.max_steps": "300", "trainer.width": "8", "sweep.params": "{trainer.lr: \"interval(0.001, 0.01)\"}",
+        "mirror.url": url, "mirror.every_s": "0.5", "checkpoint.every_n_steps": "20", "checkpoint.every_s": "null",
+        "sweep.n_trials": "2", "trainer.max_steps": "120", "sweep.params": "{trainer.lr: \"interval(0.001, 0.01)\"}",
         "launcher.interruptible": "true",
     })  # fmt: skip
     interrupted: list[Any] = []
@@ -79,18 +80,53 @@ def test_an_interrupted_sweep_goes_on_from_its_mirror_on_another_instance(
     assert (said.code, server.running(), server.most_at_once) == (EXIT_OK, [], 1), said.err + server.logs()
     assert len(server.boxes) == 2
     ((before, is_final, _),) = [at for at in interrupted[0].values() if not at[1]][:1]
-    assert 0 < before < 300
+    assert 0 < before < 120
     assert not is_final
     after = steps(url)
     assert {run: at[:2] for run, at in after.items()} == {
-        "simple.r.00000": (300, True),
-        "simple.r.00001": (300, True),
+        "simple.r.00000": (120, True),
+        "simple.r.00001": (120, True),
     }
     assert max(attempt for _, _, attempt in after.values()) >= 2, "one of them was resumed"
     _, second = server.boxes.values()
     log = second.log.read_text()
     assert "found a copy of sweep simple" in log
     assert "finished: done: the sweep is complete" in log
+
+
+def test_an_interrupted_sweep_goes_on_from_wandb_on_another_instance(
+    sweeper: Any, server: VastServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WandbServer() as wandb:
+        monkeypatch.setenv("WANDB_BASE_URL", wandb.url)
+        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+        monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+        sweep = overrides(**{
+            "tracking.wandb.mode": "online", "tracking.wandb.upload_checkpoints": "last",
+            "checkpoint.every_n_steps": "25", "checkpoint.every_s": "null", "sweep.n_trials": "1",
+            "trainer.max_steps": "100", "sweep.params": "{trainer.lr: \"interval(0.001, 0.01)\"}",
+            "launcher.env": "[WANDB_BASE_URL,WANDB_API_KEY,WANDB__FILE_STREAM_TRANSMIT_INTERVAL]",
+        })  # fmt: skip
+
+        def outbid() -> None:
+            server.until(
+                lambda: any(
+                    a.state == "COMMITTED" and a.type == "sweeper-checkpoint" for a in wandb.artifacts
+                ),
+                seconds=90,
+            )
+            (box,) = server.there()
+            server.interrupt(box)
+
+        helper = threading.Thread(target=outbid, daemon=True)
+        helper.start()
+        said = sweeper("launch", "+sweep=simple", *sweep)
+        helper.join()
+        assert (said.code, server.running(), len(server.boxes)) == (EXIT_OK, [], 2), said.err + server.logs()
+        assert server.most_at_once == 1
+        (run,) = wandb.runs.values()
+        assert run.state == "finished"
+        assert not wandb.violations
 
 
 def test_clone_environment_and_install_are_real_and_a_failing_training_ends_the_instance(

@@ -98,7 +98,7 @@ def _check_mirror(
 def _check_wandb(config: Mapping[str, Any], sweep: str, run_dirs: list[Path], *, data_dir: Path) -> list[str]:
     from sweeper.sync import main as sync
     from sweeper.tracking import TrackingSettings
-    from sweeper.tracking.wandb_checkpoints import BEST, Version
+    from sweeper.tracking.wandb_checkpoints import BEST
     from sweeper.tracking.wandb_source import WandbSource, Wanted
 
     settings = TrackingSettings.from_config(config["tracking"]).wandb
@@ -110,10 +110,7 @@ def _check_wandb(config: Mapping[str, Any], sweep: str, run_dirs: list[Path], *,
     def in_copy(run_id: str) -> tuple[bool, int | None]:
         if run_id not in there:
             return False, None
-        source.listing(run_id)
-        artifact = source._artifacts.get(run_id)
-        version = Version.read(artifact.metadata) if artifact is not None else None
-        return True, version.step if version is not None else None
+        return rundir.RESULT_FILE in source.listing(run_id).files, source.newest_step(run_id)
 
     return lacking(run_dirs, in_copy, has_newest=settings.upload_checkpoints != BEST)
 
@@ -136,11 +133,15 @@ def launch(path: str, sweep: str, overrides: list[str], *, data_dir: Path) -> No
 
 
 def _has_runs(path: str, sweep: str) -> bool:
-    """Whether W&B has runs of a sweep. Raises NotWell when it does not say."""
+    """Whether W&B has a run of a sweep that can be gone on with. Raises NotWell when it does not say.
+
+    An instance that ended too early has left runs without an identity.
+    """
     from sweeper.tracking.wandb_source import WandbSource, Wanted
 
     try:
-        return bool(WandbSource(Wanted(sweep), path).run_ids(sweep))
+        source = WandbSource(Wanted(sweep), path)
+        return any(rundir.RUN_FILE in source.listing(run_id).files for run_id in source.run_ids(sweep))
     except ValueError:  # there is no such project yet
         return False
     except Exception as error:  # the client's errors have no common root

@@ -23,6 +23,9 @@ from sweeper.report.hints import next_command
 CHECK = '"$SWEEPER_PYTHON" -m sweeper.launch.vast.copies check "$SWEEP"'
 """Completes the copy, and sees that it is whole; a line of the script."""
 
+FINISH, FINISH_S = "tracking.wandb.finish_timeout", 600
+"""An instance has nothing better to do than to wait for its last upload: nobody can send it later."""
+
 SHOWN = Path(".vast") / "onstart.sh"
 """Where the script lies that an instance starts with, to be read; in the current directory."""
 
@@ -64,6 +67,8 @@ class Job:
         arguments = scripting.arguments(
             settings.new.config["command"], plan, sweep=settings.new.name, n_trials=settings.new.n_trials
         )
+        if has_wandb and not any(FINISH in argument for argument in arguments):
+            arguments.append(f"{FINISH}={FINISH_S}")
         scripting.refuse_secrets([*arguments, *command, *_lines(plan)], plan)
         return cls(
             settings.new.name, plan, arguments, command, environment, settings.data_dir,
