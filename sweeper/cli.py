@@ -120,7 +120,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser = Parser(prog=f"sweeper {before.verb}", description=run.__doc__)
     add_arguments(parser)
     _add_globals(parser)
-    options = parser.parse_args(before.rest, before)
+    options = parser.parse_intermixed_args(before.rest, before)  # an option may stand before a name
     _complete(options)
     return run(options)
 
@@ -448,10 +448,9 @@ def _db_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--host",
         metavar="ADDRESS",
-        default="127.0.0.1",
-        help="what it listens on [127.0.0.1: this machine only]",
+        help="what it listens on [as before; at first 127.0.0.1: this machine only]",
     )
-    parser.add_argument("--port", type=int, metavar="N", help="[a free one]")
+    parser.add_argument("--port", type=int, metavar="N", help="[as before; at first a free one]")
 
 
 def _vast_arguments(parser: Parser) -> None:
