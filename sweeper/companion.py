@@ -17,6 +17,9 @@ from typing import Any
 
 Event = dict[str, Any]
 
+DATABASE_SECRETS = frozenset(["SWEEPER_STORAGE", "PGPASSWORD"])
+"""Environment variables that open the database: for workers and launchers, not for what they start."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 _REAP_S = 0.5
 
@@ -141,8 +144,7 @@ class Companion:
 
 def environment() -> dict[str, str]:
     """The worker's environment without the database, where `sweeper` can be imported from a checkout."""
-    result = dict(os.environ)
-    result.pop("SWEEPER_STORAGE", None)
+    result = {name: value for name, value in os.environ.items() if name not in DATABASE_SECRETS}
     if _ROOT.name not in ("site-packages", "dist-packages"):
         known = [result["PYTHONPATH"]] if result.get("PYTHONPATH") else []
         result["PYTHONPATH"] = os.pathsep.join([*known, str(_ROOT)])

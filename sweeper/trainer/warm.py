@@ -18,6 +18,7 @@ from typing import Any
 
 from sweeper import processes
 from sweeper.channel import Channel
+from sweeper.companion import DATABASE_SECRETS
 from sweeper.trainer.run import Spec
 
 MAX_MESSAGE_BYTES = 1 << 16
@@ -27,7 +28,7 @@ def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server, and so of its trainers, from that of a worker or launcher."""
     fixed = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     # A trainer holds no database password.
-    return {**{name: value for name, value in environment.items() if name != "SWEEPER_STORAGE"}, **fixed}
+    return {**{name: value for name, value in environment.items() if name not in DATABASE_SECRETS}, **fixed}
 
 
 def num_ranks(config: Mapping[str, Any]) -> int:

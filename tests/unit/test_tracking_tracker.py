@@ -21,6 +21,7 @@ from sweeper import processes, rundir
 from sweeper.states import Outcome, State
 from sweeper.tracking import MetricsLog, TensorboardSettings, Tracker, TrackingSettings, WandbSettings
 from sweeper.tracking.tracker import Event
+from sweeper.trainer import warm
 
 BOARD_ONLY = TrackingSettings(wandb=WandbSettings(mode="disabled"))
 NOTHING = TrackingSettings(WandbSettings(mode="disabled"), TensorboardSettings(is_enabled=False))
@@ -164,6 +165,7 @@ def test_it_is_in_a_session_of_its_own_and_holds_no_database_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWEEPER_STORAGE", "postgresql://me:secret@host/db")
+    monkeypatch.setenv("PGPASSWORD", "secret")
     tracker = Tracker.start(BOARD_ONLY)
     try:
         assert tracker.pid is not None
@@ -172,6 +174,13 @@ def test_it_is_in_a_session_of_its_own_and_holds_no_database_password(
         assert os.get_inheritable(tracker.fileno() or -1) is False
     finally:
         tracker.close(10)
+
+
+def test_trainers_hold_no_database_password_either() -> None:
+    of_worker = {"SWEEPER_STORAGE": "postgresql://me:secret@host/db", "PGPASSWORD": "secret", "PGHOST": "db"}
+    found = warm.environment_of(of_worker)
+    assert "secret" not in str(found)
+    assert found["PGHOST"] == "db"
 
 
 def test_an_older_owner_does_nothing(tracker: Tracker, tmp_path: Path) -> None:
