@@ -117,7 +117,7 @@ def instances(server: VastServer, tmp_path: Path) -> Instances:
     server.environment["FAKE"] = str(folder)
     made = Instances(folder, {
         "launcher": "vast", "launcher.python": str(folder / "python"), "launcher.save": "['exit 0']",
-        "launcher.poll_s": "0.1", "launcher.linger_s": "1.5", "launcher.up_within_s": "20", "tracking.wandb.mode": "disabled",
+        "launcher.poll_s": "0.1", "launcher.linger_s": "0.2", "launcher.up_within_s": "20", "tracking.wandb.mode": "disabled",
     })  # fmt: skip
     made.train("true")
     return made
@@ -147,8 +147,9 @@ def sweeper(
 
 
 @pytest.fixture
-def launch(sweeper: Callable[..., Said], instances: Instances) -> Callable[..., Said]:
+def launch(sweeper: Callable[..., Said], instances: Instances, server: VastServer) -> Callable[..., Said]:
     """`sweeper launch +sweep=simple` on the instances of this test."""
+    server.is_heard_out = True
 
     def run(*more: str, **changed: str) -> Said:
         return sweeper(

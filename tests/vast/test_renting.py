@@ -96,9 +96,16 @@ def test_an_instance_that_nobody_heard_is_followed_by_one_that_says_how_it_stand
     launch: Any, server: VastServer
 ) -> None:
     """Its last word was missed: the next finds everything done."""
+    server.is_heard_out = False
     server.fault("request_logs", times=10**6, status=500)
-    meanwhile(lambda: (server.until(lambda: len(server.boxes) == 2), server.faults.clear()))
-    said = launch("launcher.linger_s=0.5")
+
+    def listen() -> None:
+        server.until(lambda: len(server.boxes) == 2)
+        server.is_heard_out = True
+        server.faults.clear()
+
+    meanwhile(listen)
+    said = launch()
     assert (said.code, server.running(), len(server.boxes)) == (EXIT_OK, [], 2), said.err + server.logs()
     assert "it is gone (nobody heard why)" in said.err
 
@@ -205,7 +212,7 @@ def test_a_destroy_that_is_refused_is_tried_again(launch: Any, server: VastServe
     server.fault("DELETE", times=6, status=429, body="API requests too frequent", kind="text/plain")
     renting_leave, renting.planning.LEAVE_S = renting.planning.LEAVE_S, 0.5
     try:
-        said = launch("launcher.linger_s=0.5")
+        said = launch()
     finally:
         renting.planning.LEAVE_S = renting_leave
     assert (said.code, server.running()) == (EXIT_NOT_WELL, []), said.err
@@ -218,7 +225,7 @@ def test_a_destroy_that_never_works_is_loud(
     server.fault("DELETE", times=10**6, status=500)
     monkeypatch.setattr(renting, "END_WITHIN_S", 1.0)
     monkeypatch.setattr(renting.planning, "LEAVE_S", 0.5)
-    said = launch("launcher.linger_s=0.5")
+    said = launch()
     (box,) = server.there()
     assert said.code == EXIT_NOT_WELL
     assert f"INSTANCE {box.number} MAY STILL RUN, AND COST" in said.err
@@ -259,7 +266,7 @@ def test_a_copy_that_fails_keeps_the_instance_and_the_next_launch_completes_it(
     launch: Any, server: VastServer, instances: Any
 ) -> None:
     instances.overrides["launcher.save"] = "['test -e \"$FAKE/store\"']"
-    said = launch("launcher.linger_s=0.5")
+    said = launch()
     (box,) = server.there()
     assert (said.code, box.actual, box.pids()) == (EXIT_NOT_WELL, "stopped", []), said.err + server.logs()
     assert f"INSTANCE {box.number} IS STOPPED, NOT DESTROYED" in said.err
@@ -298,8 +305,10 @@ def test_a_killed_launcher_is_followed_by_another_or_by_nobody(
     assert second.returncode == EXIT_INTERRUPTED
     assert "goes on without this launcher, and ends itself" in err
     assert "End it now: sweeper vast destroy simple" in err
+    server.is_heard_out = False
     (instances.folder / "go").touch()
     server.until(lambda: server.running() == [])
+    server.is_heard_out = True
     third = sweeper("resume", "simple")
     assert (third.code, server.running(), server.most_at_once) == (EXIT_OK, [], 1), third.err
 
@@ -387,9 +396,7 @@ def test_keys_are_in_the_environment_of_the_instance_and_nowhere_else(
                     continue
 
     server.on_create = look
-    said = launch(
-        "launcher.linger_s=6", "launcher.env=[WANDB_API_KEY,SPACED]", "+trainer.key=${oc.env:WANDB_API_KEY}"
-    )
+    said = launch("launcher.env=[WANDB_API_KEY,SPACED]", "+trainer.key=${oc.env:WANDB_API_KEY}")
     assert (said.code, server.running()) == (EXIT_OK, []), said.err + server.logs()
     (creation,) = server.creations
     assert creation.pop("env") == {"WANDB_API_KEY": CANARY, "SPACED": f"{CANARY} and more, with spaces=signs"}

@@ -20,7 +20,7 @@ from sweeper.mirror.bucket import Bucket
 pytestmark = pytest.mark.slow
 
 VAST = {
-    "launcher": "vast", "launcher.python": sys.executable, "launcher.poll_s": "0.5", "launcher.linger_s": "6",
+    "launcher": "vast", "launcher.python": sys.executable, "launcher.poll_s": "0.5", "launcher.linger_s": "0.2",
     "tracking.wandb.mode": "disabled", "tracking.tensorboard.enabled": "false",
 }  # fmt: skip
 
@@ -42,6 +42,11 @@ def build_editable(directory, config_settings=None, metadata_directory=None):
     return name
 """
 """Builds without a package from elsewhere."""
+
+
+@pytest.fixture(autouse=True)
+def _heard_out(server: VastServer) -> None:
+    server.is_heard_out = True
 
 
 def overrides(**more: str) -> list[str]:
@@ -151,7 +156,7 @@ def test_clone_environment_and_install_are_real_and_a_failing_training_ends_the_
     said = sweeper(
         "launch", "+sweep=simple",
         *overrides(**{
-            "launcher.linger_s": "3", "launcher.python": "null", "launcher.git_url": f"file://{project}", "launcher.git_branch": "night",
+            "launcher.python": "null", "launcher.git_url": f"file://{project}", "launcher.git_branch": "night",
             "launcher.setup": "null",
             "launcher.save": "['touch \"$SWEEPER_WORKSPACE/saved\"']",
         }),
