@@ -84,7 +84,7 @@ class Database:
 
     @patient
     def _check(self, *, allow_network_file_system: bool) -> None:
-        with explained(self.url):
+        with explained(self.url, was_open=False):
             check_database(self._engine, self.url, allow_network_file_system=allow_network_file_system)
 
     def close(self) -> None:

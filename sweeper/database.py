@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine, make_url
 
-from sweeper import postgres, processes, schema
+from sweeper import alive, postgres, processes, schema
 from sweeper.errors import ConfigError, StorageBusy, StorageError, StorageLost
 
 BUSY_TIMEOUT_S = 20.0
@@ -28,23 +28,36 @@ _ALLOWS_NETWORK = "allow_network_file_system"
 _CREATING = 0x7377656570  # PostgreSQL's number of the lock under which tables are created
 NETWORK_FILE_SYSTEMS = frozenset(
     [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "afs",
-        "9p",
-        "fuse.sshfs",
-        "fuse.s3fs",
-        "fuse.gcsfuse",
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "virtiofs"),
+        *(
+            "ceph",
+            "ceph-fuse",
+            "glusterfs",
+            "lustre",
+            "gpfs",
+            "beegfs",
+            "wekafs",
+            "panfs",
+            "pvfs2",
+            "ocfs2",
+            "gfs2",
+        ),
+        *(
+            "juicefs",
+            "mfs",
+            "moosefs",
+            "dfuse",
+            "quobyte",
+            "curvefs",
+            "cvmfs2",
+            "vmhgfs-fuse",
+            "sshfs",
+            "davfs2",
+        ),
+        *("s3fs", "gcsfuse", "goofys", "rclone", "blobfuse", "blobfuse2", "mountpoint-s3"),
     ]
 )
+"""Types of /proc/self/mounts; those of FUSE without their `fuse.`."""
 
 
 # --- engines and statements ----------------------------------------------------------------
@@ -134,18 +147,28 @@ def insert(connection: Connection, table: str, /, **columns: Any) -> None:
 
 
 @contextlib.contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn what the database raises into a StorageError that says why and what to do."""
+def explained(url: str, *, was_open: bool = True) -> Iterator[None]:
+    """Turn what the database raises into a StorageError that says why and what to do.
+
+    Args:
+        was_open: It has answered before, so that whatever keeps it from answering now will pass.
+    """
     try:
         yield
     except (exc.DBAPIError, sqlite3.Error) as error:
-        raise _explain(url, error) from error
+        raise _explain(url, error, was_open=was_open) from error
 
 
-def _explain(url: str, error: Exception) -> StorageError:
+def _explain(url: str, error: Exception, *, was_open: bool) -> StorageError:
     why = " ".join(str(getattr(error, "orig", None) or error).split())
-    kind = StorageLost if postgres.is_transient(error) else StorageBusy if "locked" in why else StorageError
-    if kind is StorageLost:
+    is_wrong = not was_open and postgres.is_misconfigured(error)
+    is_lost = postgres.is_transient(error) and not is_wrong
+    kind = StorageLost if is_lost else StorageBusy if "locked" in why else StorageError
+    if "no password supplied" in why:
+        do = f"Does this machine see {_password_file(url)}, with mode 0600 and a line for this server? ?passfile= in storage.url names another."
+    elif is_wrong:
+        do = "Check host, port and options of storage.url."
+    elif kind is StorageLost:
         do = "Nothing is lost; run the same command again once the server answers."
     elif "locked" in why:
         do = "Another process holds its write lock; find it (e.g. with `fuser`), or wait, and run the same command again."
@@ -160,6 +183,11 @@ def _explain(url: str, error: Exception) -> StorageError:
     else:
         do = "Nothing is lost on disk; run the same command again once the database answers."
     return kind(f"the database {shown(url)} cannot be used", why=why, do=do)
+
+
+def _password_file(url: str) -> str:
+    """Where a password is looked for that the URL does not hold."""
+    return str(make_url(url).query.get("passfile") or os.environ.get("PGPASSFILE") or "~/.pgpass")
 
 
 # --- file systems --------------------------------------------------------------------------
@@ -184,12 +212,12 @@ def refuse_network_file_system(path: Path, *, mounts: str | None = None) -> None
     """Raise StorageError when `path` would put an SQLite file on a network file system."""
     text = Path("/proc/self/mounts").read_text() if mounts is None else mounts
     kind = file_system_of(path.parent, text)
-    if kind in NETWORK_FILE_SYSTEMS:
+    if kind.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS:
         raise StorageError(
             f"the database file {path} would lie on a network file system ({kind})",
             why="SQLite's locks are not reliable there, and a lost lock loses runs",
             do="Put it on a local disk with storage.url=sqlite:////local/dir/sweeper.db (run directories may stay "
-            "where they are), use PostgreSQL (`sweeper db up` starts one), or set storage.allow_network_file_system=true if you know better.",
+            "where they are), use PostgreSQL (`sweeper db up --host ADDRESS` starts one that other machines reach), or set storage.allow_network_file_system=true if you know better.",
         )
 
 
@@ -205,7 +233,7 @@ def create_database(url: str, *, allow_network_file_system: bool = False) -> Non
     path = database_path(url)
     if path is None:
         engine = make_engine(url)
-        with explained(url), engine.connect() as lock:  # held until this connection ends
+        with explained(url, was_open=False), engine.connect() as lock:  # held until this connection ends
             execute(lock, "SELECT pg_advisory_lock(:key)", key=_CREATING)
             lock.commit()
             _create_schema(url, None)
@@ -268,7 +296,7 @@ def _stamp(connection: Connection) -> None:
 
 
 def _machine() -> dict[str, str]:
-    return {"machine_id": processes.machine_id(), "boot_id": processes.boot_id()}
+    return {"machine_id": processes.machine_id(), "boot_id": processes.boot_id(), "host": alive.host()}
 
 
 def _record_permission(url: str) -> None:
@@ -296,7 +324,7 @@ def upgrade_schema(url: str) -> tuple[str, str]:
     if path is not None and not path.exists():
         raise StorageError(f"there is no database at {path}", do="`sweeper launch` creates one.")
     engine = make_engine(url)
-    with explained(url), transaction(engine) as connection:
+    with explained(url, was_open=False), transaction(engine) as connection:
         names = set(sa.inspect(connection).get_table_names())
         if schema.VERSION_TABLE not in names:
             raise StorageError(
@@ -362,12 +390,18 @@ def _check_machine(engine: Engine, path: Path, recorded: Mapping[str, str]) -> N
     here = _machine()
     if recorded.get("boot_id") == here["boot_id"]:
         return
-    if recorded.get("machine_id") != here["machine_id"]:
+    # Machines of one image share their machine_id; databases of earlier versions do not name the host.
+    if (recorded.get("machine_id"), recorded.get("host", here["host"])) != (here["machine_id"], here["host"]):
         raise StorageError(
-            f"the SQLite database {path} belongs to another machine",
+            f"the SQLite database {path} belongs to another machine ({recorded.get('host', 'of another id')})",
             why="SQLite is for the workers of one machine",
-            do="Use PostgreSQL for several machines (`sweeper db up` starts one, storage.url= names one); if you moved the file here for good, "
+            do="Use PostgreSQL for several machines (`sweeper db up --host ADDRESS` starts one that others reach, storage.url= names one); if you moved the file here for good, "
             "run `sweeper rebuild DATA_DIR` into a new one.",
         )
     with transaction(engine) as connection:
-        execute(connection, "UPDATE sweeper_meta SET value=:v WHERE key='boot_id'", v=here["boot_id"])
+        for key in ("boot_id", "host"):
+            execute(
+                connection,
+                "INSERT INTO sweeper_meta VALUES (:k, :v) ON CONFLICT (key) DO UPDATE SET value=excluded.value",
+                k=key, v=here[key],
+            )  # fmt: skip

@@ -7,7 +7,8 @@ SweeperError (1)
 ├── ConfigError (78)          configuration, storage or machine must be changed first
 │   └── StorageError (78)     the database cannot be used
 │       └── StorageBusy (75)  it is locked; later it will do
-│           └── StorageLost (75)  the connection to its server is
+│           ├── StorageLost (75)  the connection to its server is
+│           └── StorageSilent (69)  it has not answered this worker once
 ├── Fenced (76)               the lease is lost: somebody else owns the run
 ├── Released (75)             work was handed back; run the same command again
 └── CheckpointError (1)       a checkpoint cannot be written or used
@@ -20,6 +21,7 @@ from __future__ import annotations
 EXIT_OK = 0
 EXIT_NOT_WELL = 1
 EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE
 EXIT_RELEASED = 75  # EX_TEMPFAIL of sysexits.h: run me again
 EXIT_FENCED = 76
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
@@ -89,6 +91,12 @@ class StorageBusy(StorageError):
 
 class StorageLost(StorageBusy):
     """The server does not answer, or ended what was begun; nothing of it happened."""
+
+
+class StorageSilent(StorageBusy):
+    """The database has not answered once since this worker began: it has no run that it could release."""
+
+    exit_code = EXIT_UNAVAILABLE
 
 
 class Fenced(SweeperError):

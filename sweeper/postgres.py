@@ -36,6 +36,16 @@ _TRANSIENT = (
     "55P03",  # lock_timeout
 )
 """Beginnings of SQLSTATEs. Source: PostgreSQL, Appendix A, Error Codes."""
+_MISCONFIGURED = (
+    "no password supplied",
+    "Name or service not known",
+    "No address associated with hostname",
+    "connection is bad: invalid",  # port, sslmode, any option's value
+    "does not support SSL",
+    "root certificate file",
+    "certificate verify failed",
+)
+"""What libpq and the resolver say when no connection can ever be made so, and none was made before."""
 _FULL_OR_STARTING = ("starting up", "shutting down", "recovery", "too many clients", "connection slots")
 
 
@@ -50,6 +60,17 @@ def url_for_driver(url: str) -> URL:
 def engine_options() -> dict[str, Any]:
     """Arguments of `create_engine` for a process that uses one connection at a time."""
     return {"pool_size": 1, "max_overflow": 0, "connect_args": CONNECT_ARGS}
+
+
+def is_misconfigured(error: BaseException) -> bool:
+    """Whether no connection will ever be made with this URL and from this machine, unless somebody changes them.
+
+    Once it has worked, the same words pass by themselves: name servers and shared disks come back.
+    """
+    if not isinstance(error, DBAPIError) or not is_transient(error) or error.statement is not None:
+        return False
+    said = str(error.orig)
+    return type(error.orig).__name__ == "ProgrammingError" or any(words in said for words in _MISCONFIGURED)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -19,7 +19,15 @@ from typing import Any
 
 from sweeper import __version__, checkpoints, clock, costs, manifests, processes, recovery, rundir, slurm
 from sweeper.config import changes, for_run, to_yaml
-from sweeper.errors import EXIT_OK, EXIT_RELEASED, ConfigError, Fenced, SweeperError
+from sweeper.errors import (
+    EXIT_OK,
+    EXIT_RELEASED,
+    ConfigError,
+    Fenced,
+    StorageBusy,
+    StorageSilent,
+    SweeperError,
+)
 from sweeper.mirror import MirrorSettings, generations
 from sweeper.mirror.mirror import Mirror
 from sweeper.observer import Observer, proof_of_death
@@ -599,7 +607,10 @@ def main(
 def _work(
     sweep: str, *, storage: str, data_dir: Path, name: str | None, server: TrainerServer, stop: StopFlag
 ) -> int:
-    store = Store(storage)
+    try:
+        store = Store(storage)
+    except StorageBusy as error:
+        raise StorageSilent(error.what, why=error.why, do=error.do) from error
     found = store.sweep(sweep)
     store.ttl_s = float(found.config["lease"]["ttl_s"])
     stop.warning_s = float(found.config["launcher"].get("signal_delay_s") or 0)

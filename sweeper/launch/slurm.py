@@ -71,6 +71,13 @@ if [ "$code" -eq 75 ]; then
     sleep 5
   done
 fi
+# 69: the database has not answered the worker once. It has no run to release: asked again from here, for half an hour.
+[ "$code" -eq 69 ] && SWEEPER_ASKED=$((SWEEPER_ASKED + 1)) || SWEEPER_ASKED=0
+if [ "$code" -eq 69 ] && [ "$SWEEPER_ASKED" -lt 20 ]; then
+  sleep 60
+  export SWEEPER_ASKED
+  exec bash "$0"
+fi
 # Above 128: the worker was killed. The next one goes on in its place, unless five die at once in a row.
 [ "$SECONDS" -lt 20 ] && SWEEPER_DEATHS=$((SWEEPER_DEATHS + 1)) || SWEEPER_DEATHS=0
 if [ "$code" -gt 128 ] && [ "$SWEEPER_DEATHS" -lt 5 ]; then

@@ -643,3 +643,42 @@ def test_following_outlives_a_controller_that_is_away(
 def test_the_script_to_submit_by_hand_ends_as_ours_do() -> None:
     by_hand = (Path(launching.__file__).parents[2] / "slurm" / "worker.sbatch").read_text()
     assert by_hand.endswith(launching.AFTERWARDS)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
+    """Runs the end of the batch script after workers that end so; returns its exit code and what it did."""
+    did = tmp_path / "did"
+    for name in ("sleep", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{did}\n')
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def run(*codes: int) -> tuple[int, list[str]]:
+        did.write_text("")
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        worker = f"read code <{tmp_path}/codes; sed -i 1d {tmp_path}/codes; (exit $code)\n"
+        (tmp_path / "job").write_text(f"#!/bin/bash\n{worker}{launching.AFTERWARDS}")
+        done = subprocess.run(["bash", str(tmp_path / "job")], capture_output=True, text=True, timeout=60)
+        assert done.stderr == ""
+        return done.returncode, did.read_text().splitlines()
+
+    return run
+
+
+def test_a_worker_that_the_database_never_answered_asks_again_in_its_job_and_gives_up(job: Any) -> None:
+    assert job(69, 69, 0) == (0, ["sleep 60"] * 2)
+    assert job(*[69] * 25) == (69, ["sleep 60"] * 19)
+    assert job(*[69] * 19, 137, *[69] * 19, 0) == (0, ["sleep 60"] * 38), "one that was killed had begun"
+
+
+def test_a_worker_that_has_released_its_run_requeues_the_job(job: Any) -> None:
+    code, did = job(75)
+    assert (code, did[:3]) == (75, ["scontrol requeue 7", "sleep 60", "sleep 5"])
+
+
+def test_a_worker_that_is_killed_is_started_again_unless_it_dies_at_once(job: Any) -> None:
+    assert job(137, 137, 0) == (0, [])
+    assert job(*[137] * 9) == (137, [])
+    assert job(78) == (78, [])

@@ -11,16 +11,26 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import psycopg
 import pytest
 import sweeps
 from sqlalchemy.engine import make_url
 
-from sweeper import clock, connections, embedded, postgres, processes
-from sweeper.database import create_database
-from sweeper.errors import Fenced, StorageBusy, StorageError
+from sweeper import clock, connections, embedded, postgres, processes, worker
+from sweeper.database import create_database, make_engine, upgrade_schema
+from sweeper.errors import (
+    EXIT_CONFIG,
+    EXIT_UNAVAILABLE,
+    Fenced,
+    StorageBusy,
+    StorageError,
+    StorageLost,
+    StorageSilent,
+)
 from sweeper.records import Claim, Ending, Sweep
 from sweeper.states import Outcome, State
 from sweeper.store import Store
@@ -372,3 +382,56 @@ def test_what_cannot_pass_is_said_at_once(on_server: str, change: dict[str, obje
         Store(url.render_as_string(hide_password=False))
     assert clock.awake_s() - started < 10
     assert "wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("passfile=/nowhere/pgpass", "Does this machine see /nowhere/pgpass, with mode 0600"),
+        ("passfile={open}", "Does this machine see {open}, with mode 0600"),
+        ("host=no-such-host.invalid", "not known. Check host, port and options"),
+        ("port=99999", "invalid port number.*Check host, port and options"),
+        ("foo=bar", "foo.*Check host, port and options"),
+        ("sslmode=require", "does not support SSL.*Check host, port and options"),
+    ],
+)
+def test_a_url_that_can_never_do_is_no_server_that_is_away(
+    on_server: str, tmp_path: Path, change: str, says: str
+) -> None:
+    """Nothing is waited for, and a SLURM job does not requeue itself for it."""
+    url, query = make_url(on_server), dict(make_url(on_server).query)
+    readable = tmp_path / "pgpass"
+    readable.write_text(Path(str(query["passfile"])).read_text())
+    readable.chmod(0o644)
+    key, _, value = change.replace("{open}", str(readable)).partition("=")
+    changed = url.set(**{key: value}) if key == "host" else url.set(query={**query, key: value})
+    if key == "port":
+        changed = url.set(port=int(value))
+    text = changed.render_as_string(hide_password=False)
+    started = clock.awake_s()
+    for use in (Store, create_database, upgrade_schema):
+        with pytest.raises(StorageError, match=says.replace("{open}", str(readable))) as caught:
+            use(text)
+        assert caught.value.exit_code == EXIT_CONFIG
+    assert clock.awake_s() - started < 10
+
+
+def test_what_has_worked_once_is_away_when_its_name_is_not_known(on_server: str) -> None:
+    with closing(Store(on_server)) as store:
+        store.ttl_s = 0.1
+        store._engine.dispose()
+        store._engine = make_engine(
+            make_url(on_server).set(host="no-such-host.invalid").render_as_string(hide_password=False)
+        )
+        with pytest.raises(StorageLost, match="not known"):
+            store.find_sweep("simple")
+
+
+def test_a_worker_that_was_never_answered_says_so_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no run: its batch script asks again from where it is, and does not requeue the job for ever."""
+    impatient = partial(Store, ttl_s=0.1)
+    monkeypatch.setattr(worker, "Store", impatient)
+    storage, unused = "postgresql://sweeper@127.0.0.1:1/sweeper", cast("Any", None)
+    with pytest.raises(StorageSilent, match="refused") as caught:
+        worker._work("simple", storage=storage, data_dir=Path(), name=None, server=unused, stop=unused)
+    assert caught.value.exit_code == EXIT_UNAVAILABLE

@@ -373,6 +373,31 @@ def test_a_network_file_system_needs_permission_once(
     Store(url).close()  # every worker opens it so: the database remembers
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fuse.glusterfs",
+        "fuse.ceph-fuse",
+        "wekafs",
+        "panfs",
+        "pvfs2",
+        "ocfs2",
+        "gfs2",
+        "virtiofs",
+        "fuse.beegfs",
+    ],
+)
+def test_file_systems_of_clusters_are_known_with_and_without_fuse(kind: str) -> None:
+    text = refusal(lambda: refuse_network_file_system(Path("/x/sweeper.db"), mounts=f"a / {kind} rw 0 0\n"))
+    assert f"network file system ({kind})" in text
+    assert "`sweeper db up --host ADDRESS`" in text
+
+
+@pytest.mark.parametrize("kind", ["ext4", "fuseblk", "fuse.fuse-overlayfs", "overlay", "tmpfs", "zfs"])
+def test_file_systems_of_one_machine_are_not_refused(kind: str) -> None:
+    refuse_network_file_system(Path("/x/sweeper.db"), mounts=f"a / {kind} rw 0 0\n")
+
+
 def put_meta(store: Store, **values: str) -> None:
     for key, value in values.items():
         sweeps.execute(store, "UPDATE sweeper_meta SET value=:v WHERE key=:k", v=value, k=key)
@@ -381,8 +406,26 @@ def put_meta(store: Store, **values: str) -> None:
 def test_a_file_that_came_from_another_machine_is_refused(store: Store) -> None:
     put_meta(store, machine_id="f" * 32, boot_id="another")
     text = refusal(lambda: Store(store.url))
-    assert "belongs to another machine: SQLite is for the workers of one machine. Use PostgreSQL" in text
+    assert "belongs to another machine (" in text
+    assert "SQLite is for the workers of one machine. Use PostgreSQL" in text
+    assert "`sweeper db up --host ADDRESS`" in text
     assert "sweeper rebuild" in text
+
+
+def test_another_machine_of_the_same_image_is_another_machine(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_on = database._machine()
+    monkeypatch.setattr(database, "_machine", lambda: {**made_on, "boot_id": "another", "host": "node2"})
+    assert f"belongs to another machine ({made_on['host']})" in refusal(lambda: Store(store.url))
+    assert {row["key"]: row["value"] for row in sweeps.rows(store, "sweeper_meta")} == made_on
+
+
+def test_a_database_that_names_no_host_gets_one_after_a_reboot(store: Store) -> None:
+    sweeps.execute(store, "DELETE FROM sweeper_meta WHERE key='host'")
+    put_meta(store, boot_id="another")
+    Store(store.url).close()
+    assert {row["key"]: row["value"] for row in sweeps.rows(store, "sweeper_meta")} == database._machine()
 
 
 def test_a_machine_that_rebooted_keeps_its_database(store: Store) -> None:
