@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection, Engine, make_url
 
 from sweeper import alive, postgres, processes, schema
 from sweeper.errors import ConfigError, StorageBusy, StorageError, StorageLost
+from sweeper.reading import hide_password
 
 BUSY_TIMEOUT_S = 20.0
 _ALLOWS_NETWORK = "allow_network_file_system"
@@ -65,7 +66,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 
 def database_path(url: str) -> Path | None:
     """The file of an SQLite URL; None for a server."""
-    parsed = make_url(url)
+    parsed = postgres.parse(url)
     if parsed.get_backend_name() != "sqlite":
         return None
     if not parsed.database or parsed.database == ":memory:":
@@ -78,7 +79,7 @@ def database_path(url: str) -> Path | None:
 
 def shown(url: str) -> str:
     """The URL as people may see it."""
-    return make_url(url).render_as_string(hide_password=True)
+    return hide_password(make_url(url).render_as_string())  # it hides the one before the host only
 
 
 def connect_sqlite(path: Path) -> sqlite3.Connection:

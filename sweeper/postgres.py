@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from sweeper.errors import ConfigError
+from sweeper.reading import hide_password
 
 _SESSION = {
     # A node that died in a transaction must not hold its row locks for hours: the server ends it.
@@ -42,6 +45,8 @@ _MISCONFIGURED = (
     "No address associated with hostname",
     "connection is bad: invalid",  # port, sslmode, any option's value
     "does not support SSL",
+    "invalid response to SSL negotiation",  # another program's port
+    "definition of service",
     "root certificate file",
     "certificate verify failed",
 )
@@ -49,9 +54,23 @@ _MISCONFIGURED = (
 _FULL_OR_STARTING = ("starting up", "shutting down", "recovery", "too many clients", "connection slots")
 
 
+def parse(url: str) -> URL:
+    """The parts of a database's URL. Raises ConfigError unless sweeper can use such a database."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        parsed = None
+    if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(
+            f"storage {hide_password(url)!r} is not a database that sweeper can use",
+            do="Use sqlite:///PATH or postgresql://USER@HOST[:PORT]/DATABASE.",
+        )
+    return parsed
+
+
 def url_for_driver(url: str) -> URL:
     """The URL with the driver that is installed: psycopg 3, whatever SQLAlchemy's version prefers."""
-    parsed = make_url(url)
+    parsed = parse(url)
     return (
         parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
     )

@@ -392,6 +392,7 @@ def test_what_cannot_pass_is_said_at_once(on_server: str, change: dict[str, obje
         ("host=no-such-host.invalid", "not known. Check host, port and options"),
         ("port=99999", "invalid port number.*Check host, port and options"),
         ("foo=bar", "foo.*Check host, port and options"),
+        ("service=none", "definition of service.*Check host, port and options"),
         ("sslmode=require", "does not support SSL.*Check host, port and options"),
     ],
 )

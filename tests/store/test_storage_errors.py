@@ -20,6 +20,7 @@ from sweeper.database import (
     upgrade_schema,
 )
 from sweeper.errors import EXIT_CONFIG, EXIT_RELEASED, ConfigError, StorageError
+from sweeper.reading_server import Server
 from sweeper.records import Sweep
 from sweeper.store import Store
 
@@ -468,8 +469,22 @@ def test_a_heartbeat_notices_that_the_file_was_removed_or_replaced(
 # --- secrets -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:canary@h:notaport/d", "nonsense", "mysql://me:canary@h/d", ""]
+)
+def test_what_is_no_url_of_a_database_is_said_by_all(url: str) -> None:
+    for use in (create_database, Store, database.upgrade_schema, reading_server):
+        with pytest.raises(ConfigError, match="is not a database that sweeper can use") as caught:
+            use(url)
+        assert "canary" not in str(caught.value)
+
+
+def reading_server(url: str) -> None:
+    Server(url, url=url, timeout_s=1.0)
+
+
 def test_no_message_shows_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    url = "postgresql://me:canary@db.example/sweeper"
+    url = "postgresql://me:canary@db.example/sweeper?password=canary&sslpassword=canary"
     with pytest.raises(StorageError) as caught, database.explained(url):
         raise sqlite3.OperationalError("connection refused")
     assert "canary" not in str(caught.value)
