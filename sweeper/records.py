@@ -19,7 +19,7 @@ class ProcessId:
     Attributes:
         start_ticks: Field 22 of /proc/PID/stat, clock ticks after boot.
         pid_namespace: The link text of /proc/PID/ns/pid.
-        slurm_cluster: Whose number slurm_job_id is; "" in records of earlier versions.
+        slurm_cluster: Whose number slurm_job_id is; "" in markers and earlier records: then the lease decides.
         slurm_restarts: How often SLURM had requeued the job when this process was started.
     """
 

@@ -137,8 +137,8 @@ class Jobs:
         """
         if not owner.slurm_job_id or not is_inside():
             return None
-        if owner.slurm_cluster and owner.slurm_cluster != os.environ.get("SLURM_CLUSTER_NAME"):
-            return None  # the same number may be somebody else's job here
+        if owner.slurm_cluster != os.environ.get("SLURM_CLUSTER_NAME", ""):
+            return None  # the same number may be another job here
         self._look(ASK_EVERY_S / 10 if is_gone else ASK_EVERY_S)
         job = self._jobs.get(owner.slurm_job_id)
         if job is None or job.restarts < owner.slurm_restarts:

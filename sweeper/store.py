@@ -332,6 +332,7 @@ class Store(Database):
                 step=step, seconds=seconds, r=lease.run_id, e=lease.lease_epoch,
             )  # fmt: skip
 
+    @patient
     def longest_save_s(self, sweep_id: int) -> float:
         """Seconds that the longest save of this sweep took so far; 0 when there was none."""
         with self._reading() as connection:

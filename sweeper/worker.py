@@ -385,6 +385,8 @@ class Worker:
 
     def _weigh_save(self, seconds: float) -> None:
         """Say once when a save takes longer than SLURM gives to a job that is preempted."""
+        if not seconds:
+            return
         if self._grace_s is None:
             self._grace_s = slurm.grace_s() or math.inf
         if seconds > self._grace_s:

@@ -424,10 +424,10 @@ def follow(submission: Submission, *, storage: str, data_dir: Path) -> int:
                 display.refresh()
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print(
-            f"\nthe workers of {sweep} go on; `scancel {' '.join(jobs)}` ends them",
-            file=sys.stderr,
-        )
+        # By number: jobs of the same name may be another data directory's. An array is one submission.
+        numbers = sorted({job.partition("_")[0] for job in jobs}, key=int)
+        ends = f"; `scancel {' '.join(numbers)}` ends them" if numbers else ""
+        print(f"\nthe workers of {sweep} go on{ends}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return final_report(sweep, storage=storage, data_dir=data_dir)
 

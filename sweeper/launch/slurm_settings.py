@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ _OURS = {
     "nodes": "choose launcher.nodes",
     "ntasks": "choose launcher.tasks_per_node",
     "ntasks-per-node": "choose launcher.tasks_per_node",
+    "tasks-per-node": "choose launcher.tasks_per_node",
     "cpus-per-task": "choose launcher.cpus_per_task",
     "time": "choose launcher.timeout_min",
     "output": "logs lie where sweeper looks for them",
@@ -46,25 +48,28 @@ def check(launcher: Mapping[str, Any]) -> None:
         _need(value is None or _is_count(value), key, value, "Use a whole number, at least 1, or null.")
     for key in _TEXTS:
         value = launcher[key]
-        _need(
-            value is None or (isinstance(value, str | int) and value != ""),
-            key,
-            value,
-            "Use a text, or null.",
-        )
+        is_text = value is None or (type(value) in (str, int) and value != "")
+        _need(is_text, key, value, "Use a text, or null.")
+    for key in set(launcher) - {"setup", "additional_parameters"}:
+        is_one = not isinstance(launcher[key], list | dict)
+        _need(is_one, key, launcher[key], "Use one text; write several as sbatch has them: 'a,b'.")
     gpus, memory, setup = launcher["gpus_per_node"], launcher["mem_gb"], launcher["setup"]
     is_gpus = gpus is None or isinstance(gpus, str) or (type(gpus) is int and gpus >= 0)
     _need(is_gpus, "gpus_per_node", gpus, "Use a number of GPUs, or null.")
-    is_memory = memory is None or (type(memory) in (int, float) and memory * 1024 >= 1)
+    is_memory = memory is None or (type(memory) in (int, float) and 1 <= memory * 1024 < math.inf)
     _need(is_memory, "mem_gb", memory, "Use a number of GB, at least 0.001, or null.")
-    is_lines = isinstance(setup, list) and all(isinstance(line, str) for line in setup)
+    is_lines = setup is None or (isinstance(setup, list) and all(isinstance(line, str) for line in setup))
     _need(is_lines, "setup", setup, "Use a list of lines of shell: launcher.setup=['module load cuda'].")
     _check_time(launcher["timeout_min"], launcher["signal_delay_s"])
     additional(launcher["additional_parameters"])
 
 
 def additional(options: object) -> dict[str, Any]:
-    """`launcher.additional_parameters` by sbatch's names; lists become texts. Raises ConfigError."""
+    """`launcher.additional_parameters` by sbatch's names; lists become texts, what is false or null is left out.
+
+    Raises:
+        ConfigError: One is of no use, or must not be changed.
+    """
     key = "additional_parameters"
     if options is None:
         return {}
@@ -72,14 +77,15 @@ def additional(options: object) -> dict[str, Any]:
     assert isinstance(options, Mapping)
     found = {str(name).replace("_", "-"): value for name, value in options.items()}
     for name, value in found.items():
-        if name in _OURS:
-            raise ConfigError(f"launcher.{key}.{name} cannot be set", do=f"{_OURS[name].capitalize()}.")
+        # sbatch takes beginnings of names as well.
+        if ours := [do for option, do in _OURS.items() if option.startswith(name)]:
+            raise ConfigError(f"launcher.{key}.{name} cannot be set", do=f"{ours[0].capitalize()}.")
         items = value if isinstance(value, list) else [value]
         is_plain = all(item is None or isinstance(item, str | int | float) for item in items)
         _need(is_plain, f"{key}.{name}", value, "Use a text, a number, true, or a list of them.")
         if isinstance(value, list):
             found[name] = ",".join(map(str, value))
-    return found
+    return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
 def _check_time(timeout_min: int | None, signal_delay_s: int) -> None:

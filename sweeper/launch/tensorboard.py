@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sweeper import processes
+from sweeper.companion import DATABASE_SECRETS
 from sweeper.errors import ConfigError
 
 # -P: a tensorboard.py in the current directory is not what is meant.
@@ -147,7 +148,7 @@ class Board:
             return
         self._num_starts += 1
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        environment = {name: value for name, value in os.environ.items() if name != "SWEEPER_STORAGE"}
+        environment = {name: value for name, value in os.environ.items() if name not in DATABASE_SECRETS}
         self._process = subprocess.Popen(
             [sys.executable, *PROGRAM, "--logdir", str(directory), "--host", host, "--port", str(self._port)],
             env=environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output,

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from sweeper import fsops, processes, rundir
 from sweeper.channel import Message
+from sweeper.companion import DATABASE_SECRETS
 from sweeper.errors import ConfigError
 from sweeper.trainer.run import Spec, in_attempt
 
@@ -171,6 +172,7 @@ def _read(directory: Path) -> Order | None:
 def _start(order: Order) -> subprocess.Popen[bytes]:
     path = Path(order.log)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    environment = {name: value for name, value in os.environ.items() if name not in DATABASE_SECRETS}
     with open(path.with_name(f"{node}.{path.name}"), "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "sweeper.trainer.nodes", "--agent", json.dumps(asdict(order))],
@@ -179,7 +181,7 @@ def _start(order: Order) -> subprocess.Popen[bytes]:
             stderr=log,
             start_new_session=True,
             preexec_fn=processes.bound_to(os.getpid()),
-            env={**os.environ, processes.ATTEMPT_VARIABLE: order.attempt},
+            env={**environment, processes.ATTEMPT_VARIABLE: order.attempt},
         )
 
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -22,10 +23,11 @@ import pytest
 import yaml
 
 from sweeper import cli, embedded
-from sweeper.errors import EXIT_CONFIG, EXIT_NOT_WELL, EXIT_OK, ConfigError
+from sweeper.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_NOT_WELL, EXIT_OK, ConfigError
 from sweeper.launch import slurm as launching
 from sweeper.launch.slurm import Submission, make_private
 from sweeper.launch.slurm_worker import Worker
+from sweeper.records import Sweep
 
 pytestmark = pytest.mark.slow  # Hydra composes once a test
 
@@ -108,6 +110,9 @@ def launch(fake: Fake, sweeper: Callable[..., Said]) -> Callable[..., Said]:
         )
 
     return run
+
+
+GROUP = {"cpus_per_task": 1, "tasks_per_node": 1, "nodes": 1, "additional_parameters": {}, "setup": []}
 
 
 def label(data_dir: Path) -> str:
@@ -377,14 +382,7 @@ def test_a_key_that_there_is_not_is_refused_in_words_for_people(fake: Fake, laun
 
 def refusal(tmp_path: Path, **launcher: Any) -> str:
     """Why the sbatch file of such a launcher group is refused."""
-    group = {
-        "cpus_per_task": 1,
-        "tasks_per_node": 1,
-        "nodes": 1,
-        "additional_parameters": {},
-        "setup": [],
-        **launcher,
-    }
+    group = {**GROUP, **launcher}
     with pytest.raises(ConfigError) as caught:
         Submission.of("simple", group, storage="sqlite:///x.db", data_dir=tmp_path).text(1)
     return str(caught.value)
@@ -408,7 +406,10 @@ BAD_VALUES = {
     "+launcher.additional_parameters.signal=USR1@3": "Choose launcher.signal_delay_s",
     "+launcher.additional_parameters.no_requeue=true": "jobs are always requeued",
     "+launcher.additional_parameters.mail={a:1}": "launcher.additional_parameters.mail",
-    "data_dir=p%j%d": "SLURM reads %",
+    "+launcher.additional_parameters.out=x": "logs lie where", "+launcher.additional_parameters.no_req=true": "always requeued",
+    "launcher.partition=[low,high]": "launcher.partition", "+launcher.exclude=[n1,n2]": "Use one text",
+    "launcher.partition=true": "Use a text, or null", "launcher.mem_gb=inf": "launcher.mem_gb=inf",
+    "data_dir=p%j%d": "SLURM reads %", "data_dir='a\\\\b'": "SLURM reads %",
 }  # fmt: skip
 
 
@@ -422,10 +423,15 @@ def test_a_value_of_no_use_is_refused_with_its_key(fake: Fake, launch: Any, over
 
 def test_no_time_limit_and_lists_reach_sbatch_as_they_are_meant(launch: Any) -> None:
     script = launch(
-        "--dry-run", "launcher.timeout_min=null", "+launcher.additional_parameters.mail_type=[FAIL,END]"
+        "--dry-run",
+        "launcher.timeout_min=null",
+        "launcher.setup=null",
+        "+launcher.additional_parameters={mail_type: [FAIL, END], exclusive: false, begin: null}",
     ).out
     assert "--time" not in script
     assert "#SBATCH --mail-type=FAIL,END\n" in script
+    assert "exclusive" not in script
+    assert "begin" not in script
 
 
 @pytest.mark.parametrize("key", ["job_name", "job-name", "array"])
@@ -638,6 +644,49 @@ def test_following_outlives_a_controller_that_is_away(
     said = capfd.readouterr().err
     assert said.count("squeue does not answer; asked again") == 1
     assert "SLURM has no worker of simple any more" in said
+
+
+def test_who_stops_following_is_told_the_numbers_of_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not `scancel --name`: sweeps of other data directories may have the same name."""
+    worker = Worker("simple", f"sqlite:///{tmp_path}/sweeper.db", str(tmp_path), 1)
+    submission = Submission("simple", {}, tmp_path, worker)
+    queue = "".join(f"{job}|RUNNING|None|{submission.label}\n" for job in ("12_0", "7_1", "7_3"))
+    monkeypatch.setattr(launching.slurm, "run", lambda command: queue + "9|RUNNING|None|another\n")
+    monkeypatch.setattr(launching, "_is_complete", lambda sweep, storage: False)
+    monkeypatch.setattr(launching.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(launching.Display, "refresh", lambda self: None)
+    assert launching.follow(submission, storage=worker.storage, data_dir=tmp_path) == EXIT_INTERRUPTED
+    assert "the workers of simple go on; `scancel 7 12` ends them" in capfd.readouterr().err
+
+
+def test_a_sbatch_that_does_not_answer_is_not_waited_for(
+    fake: Fake, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "TEST_WAIT_S", 0.1)
+    (fake.folder / "sbatch").unlink()
+    (fake.folder / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
+    (fake.folder / "sbatch").chmod(0o700)
+    said = launch()
+    assert said.code == EXIT_CONFIG
+    assert "sbatch --test-only does not answer within" in said.err
+
+
+def test_a_database_of_this_machine_alone_is_said_to_be_one(fake: Fake, sweeper: Any) -> None:
+    for host, is_said in (("127.0.0.1", True), ("10.0.0.7", False)):
+        sweep = Sweep(
+            1, "simple", 1, 0, 1, "loss", "minimize", {"launcher": {**GROUP, "n_workers": 1}}, False
+        )
+        launching.launch(
+            sweep,
+            storage=f"postgresql://u@{host}/d",
+            data_dir=fake.folder.parent,
+            num_left=1,
+            is_waiting=False,
+        )
+        said = sweeper("--version").err
+        assert ("`sweeper db up --host ADDRESS` starts one that they reach" in said) is is_said
 
 
 def test_the_script_to_submit_by_hand_ends_as_ours_do() -> None:

@@ -79,6 +79,18 @@ def test_it_runs_the_newest_order_alone_until_the_directory_is_gone(
     assert service.wait(timeout=20) == 0
 
 
+def test_ranks_of_other_nodes_hold_no_database_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEPER_STORAGE", "postgresql://me:secret@host/db")
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(nodes.subprocess, "Popen", lambda *_, **more: given.update(more))
+    nodes._start(Order("n1:1", "first", 2, 1, f"{tmp_path}:1", str(tmp_path / "log")))
+    assert given["env"]["SWEEPER_ATTEMPT"] == f"{tmp_path}:1"
+    assert "secret" not in str(given["env"])
+
+
 def test_a_job_whose_script_serves_no_other_node_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\$SWEEPER_NODES_DIR is not set.*launcher=slurm"):
         nodes.check({})

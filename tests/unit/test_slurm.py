@@ -476,6 +476,9 @@ def test_a_save_that_takes_longer_than_the_grace_is_said_once(
     monkeypatch.setattr(slurm, "grace_s", lambda: 8.0)
     worker = Worker.__new__(Worker)
     worker._grace_s = None
+    monkeypatch.setattr(slurm, "grace_s", lambda: pytest.fail("no save is known, and nobody is asked"))
+    worker._weigh_save(0.0)
+    monkeypatch.setattr(slurm, "grace_s", lambda: 8.0)
     for seconds in (7.9, 12.0, 13.0):
         worker._weigh_save(seconds)
     assert capfd.readouterr().err.count("a save took 12 s, and SLURM kills a preempted job after 8 s") == 1
@@ -487,4 +490,4 @@ def test_the_same_number_on_another_cluster_proves_nothing(monkeypatch: pytest.M
     known = replace(owner("7"), slurm_cluster="here")
     assert Jobs(cluster).death(known) is not None
     assert Jobs(cluster).death(replace(known, slurm_cluster="there")) is None
-    assert Jobs(cluster).death(replace(known, slurm_cluster="")) is not None, "of an earlier version"
+    assert Jobs(cluster).death(replace(known, slurm_cluster="")) is None, "it does not say where it was"

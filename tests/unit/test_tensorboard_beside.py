@@ -216,6 +216,7 @@ def test_it_gets_no_database_password(
     said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWEEPER_STORAGE", "postgresql://me:secret@db/sweeper")
+    monkeypatch.setenv("PGPASSWORD", "secret")
     with Board(settings(dir=str(tmp_path)), say=said.append) as board:
         board.start()
         assert board._process is not None
