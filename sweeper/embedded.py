@@ -163,7 +163,13 @@ class Server:
         """Whether it takes connections; one that starts, stops or was just killed is waited for."""
         until = time.monotonic() + _START_WAIT_S
         address = self._address()
-        while address is not None and self.is_up and time.monotonic() < until:
+        while address is not None and self.is_up:
+            if time.monotonic() > until:
+                raise StorageError(
+                    f"the server in {self.directory} runs, but takes no connections at {address.host}, port {address.port}",
+                    why=last_words(self._log),
+                    do="If it recovers from a crash, wait; else stop it with `sweeper db down`, and start it again.",
+                )
             asking = ("pg_isready", "-q", "-h", address.host, "-p", address.port)
             if self._run(*asking, check=False) == 0:
                 return True

@@ -255,6 +255,22 @@ def test_a_server_made_before_there_was_a_record_is_taken_over(
     Store(moved).close()
 
 
+def test_a_server_that_runs_and_does_not_answer_is_not_started_again(
+    data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = embedded.Server(data_dir / "postgres")
+    server.data.mkdir(parents=True)
+    (server.data / "PG_VERSION").write_text("18\n")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        server._record(embedded.Address("127.0.0.1", closed.getsockname()[1]))
+    monkeypatch.setattr(embedded, "_START_WAIT_S", 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(embedded.Server, "is_up", True)
+        assert db(data_dir, "up") == EXIT_CONFIG
+    assert "runs, but takes no connections at 127.0.0.1, port" in capsys.readouterr().err
+    assert sorted(os.listdir(server.data)) == ["PG_VERSION"], "its settings are not touched"
+
+
 # --- where it listens --------------------------------------------------------------------------
 
 
