@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import select
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,12 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 ASK_TIMEOUT_S = 20
 _MORE_S = 60.0
-_FINISHED = {State.COMPLETED: "finished", State.PRUNED: "finished"}
+_SHOWN = {
+    State.COMPLETED: "finished", State.PRUNED: "finished", State.FAILED: "failed", State.CANCELLED: "failed",
+    State.SUPERSEDED: "failed",
+}  # fmt: skip
+"""What W&B shows of a run that is final."""
+_LOCK_FILE = ".sync.lock"
 
 
 def main(name: str | None, *, storage: str, data_dir: Path) -> int:
@@ -43,13 +51,11 @@ def main(name: str | None, *, storage: str, data_dir: Path) -> int:
         runs = [reading.run(str(name))] if is_run else reading.runs(name)
         figures = {run["run_id"]: _figures(reading, run) for run in runs}
         configs = {sweep: reading.config(sweep) for sweep in sorted({run["sweep"] for run in runs})}
-    failed = [
-        run_id
-        for sweep, config in configs.items()
-        for run_id in _sync_sweep(
-            [run for run in runs if run["sweep"] == sweep], config, figures, data_dir=data_dir
-        )
-    ]
+    failed: list[str] = []
+    for sweep, config in configs.items():
+        mine = [run for run in runs if run["sweep"] == sweep]
+        with _exclusively(data_dir / "sweep" / sweep):
+            failed += _sync_sweep(mine, config, figures, data_dir=data_dir, is_named=name is not None)
     if failed:
         print(f"sweeper: W&B may still lack rows of {', '.join(failed)}; run it again", file=sys.stderr)
     return EXIT_NOT_WELL if failed else EXIT_OK
@@ -61,13 +67,42 @@ def _figures(reading: Reading, run: RunRow) -> dict[str, Any]:
     return costs.figures(run["attempts"], causes, reading.run_costs(run["run_id"]), of_sweep)
 
 
+@contextlib.contextmanager
+def _exclusively(sweep_dir: Path) -> Iterator[None]:
+    """Two at once would write the same lines of a run's history."""
+    if not sweep_dir.is_dir():
+        yield  # not one row to send
+        return
+    fd = os.open(sweep_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NotWell(
+                f"another sync of sweep {sweep_dir.name} is running", do="Wait for it; nothing was sent."
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
 def _sync_sweep(
-    runs: Sequence[RunRow], config: dict[str, Any], figures: dict[str, dict[str, Any]], *, data_dir: Path
+    runs: Sequence[RunRow],
+    config: dict[str, Any],
+    figures: dict[str, dict[str, Any]],
+    *,
+    data_dir: Path,
+    is_named: bool,
 ) -> list[str]:
     """Returns the runs of one sweep that could not be sent."""
+    sweep = runs[0]["sweep"]
     settings = TrackingSettings.from_config(config["tracking"])
+    if settings.wandb.mode == "disabled" and not is_named:
+        print(f"sweep {sweep}: tracking.wandb.mode=disabled; `sweeper sync {sweep}` sends it all the same")
+        return []
     resume = "allow" if settings.wandb.resume == "must" else settings.wandb.resume
-    wandb = replace(settings.wandb, mode="online", resume=resume)
+    # Checkpoints are the worker's affair: it knows which of them are this attempt's.
+    wandb = replace(settings.wandb, mode="online", resume=resume, upload_checkpoints="never")
     settings = TrackingSettings(wandb, TensorboardSettings(is_enabled=False))
     now_s = time.time()
     quiet = []
@@ -76,10 +111,10 @@ def _sync_sweep(
             print(f"{run['run_id']}: is being trained; its worker sends it")
         else:
             quiet.append(run)
-    there = _known(settings, runs[0]["sweep"]) if quiet else {}
+    there = _known(settings, sweep) if quiet else {}
     lacking = []
     for run in quiet:
-        if _is_whole(run, there, data_dir=data_dir):
+        if _is_whole(run, _there(run, settings, there), data_dir=data_dir):
             print(f"{run['run_id']}: W&B has it all")
         else:
             lacking.append(run)
@@ -90,7 +125,9 @@ def _sync_sweep(
         return [
             run["run_id"]
             for run in lacking
-            if not _sync(tracker, run, config, there, figures[run["run_id"]], data_dir=data_dir)
+            if not _sync(
+                tracker, run, config, _there(run, settings, there), figures[run["run_id"]], data_dir=data_dir
+            )
         ]
     finally:
         tracker.close(settings.wandb.finish_timeout_s)
@@ -117,21 +154,33 @@ def _known(settings: TrackingSettings, sweep: str) -> dict[str, tuple[int, str]]
         ) from error
 
 
-def _is_whole(run: RunRow, there: dict[str, tuple[int, str]], *, data_dir: Path) -> bool:
-    step, state = there.get(run["wandb_run_id"], (-1, ""))
-    expected = _FINISHED.get(State(run["state"]), state)
-    return state == expected and bool(state) and step >= _last_step(data_dir / run["path"])
+def _there(run: RunRow, settings: TrackingSettings, there: dict[str, tuple[int, str]]) -> tuple[int, str]:
+    """Last step and state of the W&B run that a run's last attempt is in; (-1, "") when W&B has none."""
+    from sweeper.tracking.wandb_sink import identity_of
+
+    wandb_run_id, _ = identity_of(run["wandb_run_id"], run["attempts"], settings.wandb.resume)
+    return there.get(wandb_run_id, (-1, ""))
 
 
-def _last_step(run_dir: Path) -> int:
-    return max((int(row[STEP]) for row in read_rows(run_dir / rundir.METRICS_FILE)), default=-1)
+def _is_whole(run: RunRow, there: tuple[int, str], *, data_dir: Path) -> bool:
+    step, state = there
+    expected = _SHOWN.get(State(run["state"]), state)
+    return state == expected and bool(state) and step >= _last_step(run, data_dir=data_dir)
+
+
+def _last_step(run: RunRow, *, data_dir: Path) -> int:
+    """The last step that W&B is to have: the newest of a run that goes on may not be complete, and is held back."""
+    log = data_dir / run["path"] / rundir.METRICS_FILE
+    steps = [-1, *sorted({int(row[STEP]) for row in read_rows(log)})]
+    is_held = not State(run["state"]).is_final and len(steps) > 1
+    return steps[-2] if is_held else steps[-1]
 
 
 def _sync(
     tracker: Tracker,
     run: RunRow,
     config: dict[str, Any],
-    there: dict[str, tuple[int, str]],
+    there: tuple[int, str],
     summary: dict[str, Any],
     *,
     data_dir: Path,
@@ -160,8 +209,7 @@ def _sync(
                 warnings.append(str(event["text"]))
             is_online |= bool(event.get("wandb_url"))
             if event["event"] == "done":
-                step = _last_step(data_dir / run["path"])
-                before = there.get(run["wandb_run_id"], (-1, ""))[0]
+                step, before = _last_step(run, data_dir=data_dir), there[0]
                 if is_online and not warnings:
                     had = f"W&B had it up to step {before}" if before >= 0 else "W&B did not have it"
                     print(f"{run_id}: sent up to step {step}, {state} ({had})")

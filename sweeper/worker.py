@@ -345,7 +345,9 @@ class Worker:
         self._tracker.end(
             run_id=run.run_id,
             outcome=ending.outcome,
-            state=decision.state or State.INTERRUPTED,
+            state=State.SUPERSEDED
+            if decision.action is Action.SUPERSEDE
+            else decision.state or State.INTERRUPTED,
             value=ending.value,
             summary=self._figures(run, ending),
         )

@@ -216,6 +216,10 @@ def _dry_run(settings: Settings) -> int:
         )
         print(submission.text(min(settings.launcher["n_workers"], new.n_trials)), end="")
         return EXIT_OK
+    if (wanted := settings.resume_from_wandb) is not None:
+        print(
+            f"  would fetch from W&B: {wanted.wandb_run_id or wanted.run_id or f'all runs of {wanted.sweep}'}"
+        )
     for command in local.commands(new.name, n_workers=settings.launcher["n_workers"]):
         print(f"  would start: {' '.join(command)}")
     return EXIT_OK
@@ -252,7 +256,7 @@ def prepare(settings: Settings) -> tuple[Sweep, Store]:
     else:
         _refuse_unknown(store, found, arrived, settings)
         _continue(store, found, settings, config)
-        if is_made_anew and settings.resume_from_wandb is not None and settings.resume_from_wandb.run_id:
+        if is_made_anew and settings.is_one_run:
             _only_what_is_there(store, new.name)
     sweep = store.sweep(new.name)
     if new.config["resume"]["mode"] == "must":
@@ -360,7 +364,7 @@ def _continue(store: Store, found: Sweep, settings: Settings, config: dict[str, 
             f"sweep {new.name!r} exists with another definition ({'; '.join(changed)})",
             do="Launch it as it was, or choose another name with sweep.name=.",
         )
-    n_trials = max(new.n_trials, found.n_trials)
+    n_trials = found.n_trials if settings.is_one_run else max(new.n_trials, found.n_trials)
     if new.n_trials < found.n_trials:
         print(
             f"sweep {new.name} has {found.n_trials} trials; sweep.n_trials can be raised, not lowered "

@@ -54,6 +54,11 @@ class Settings:
     resume_from_wandb: Wanted | None = None
 
     @property
+    def is_one_run(self) -> bool:
+        """Whether one run was asked for from W&B: then no other trial is drawn."""
+        return self.resume_from_wandb is not None and self.resume_from_wandb.run_id is not None
+
+    @property
     def launcher(self) -> dict[str, Any]:
         """The `launcher` group."""
         launcher: dict[str, Any] = self.new.config["launcher"]

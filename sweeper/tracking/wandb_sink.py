@@ -59,12 +59,16 @@ def decide_identity(begin: Begin) -> tuple[str, str]:
     A run's first attempt cannot find anything on the server, so `must` is for later ones. `never`
     gives each later attempt a W&B run of its own, into which the whole log is replayed.
     """
-    resume = begin.settings.wandb.resume
-    if begin.attempt <= 1:
-        return begin.wandb_run_id, "allow"
+    return identity_of(begin.wandb_run_id, begin.attempt, begin.settings.wandb.resume)
+
+
+def identity_of(wandb_run_id: str, attempt: int, resume: str) -> tuple[str, str]:
+    """As `decide_identity`."""
+    if attempt <= 1:
+        return wandb_run_id, "allow"
     if resume == "never":
-        return f"{begin.wandb_run_id}-{begin.attempt}", "allow"
-    return begin.wandb_run_id, resume
+        return f"{wandb_run_id}-{attempt}", "allow"
+    return wandb_run_id, resume
 
 
 def project_of(settings: WandbSettings) -> str:
@@ -145,7 +149,7 @@ class WandbClient:
         orphans.end(orphans.RUN_VARIABLE, begin.wandb_run_id, wait_s=2.0)
         os.environ[orphans.RUN_VARIABLE] = begin.wandb_run_id
         if mode == "online" and self._clock() < self._online_again_s:
-            self._warn("W&B did not answer a short while ago: this run is logged offline")
+            self._warn(f"W&B did not answer a short while ago: {begin.run_id} is logged offline; {SYNC}")
             mode = "offline"
         for is_last in (False, True):
             try:

@@ -4,7 +4,7 @@ Each W&B run holds the run's identity and configuration as files below `<run id>
 once it is final; checkpoints come from its artifact (`wandb_checkpoints`). `sweeper.arrivals`
 checks every byte of what is fetched here.
 
-`python -P -m sweeper.tracking.wandb_source NAME PATH DATA_DIR OVERWRITE` fetches in a process of its
+`python -P -m sweeper.tracking.wandb_source NAME PATH GROUP DATA_DIR OVERWRITE` fetches in a process of its
 own: the client starts threads, and a launcher that forks must have none.
 """
 
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 TIMEOUT_S = 60
 NUM_VERSIONS = 3
 """So many of the newest checkpoints are looked at, and the newest that is good is fetched."""
-_WANDB_ID = re.compile(r"(?P<run_id>[a-z0-9][a-z0-9_-]{0,63}\.r\.[0-9]{5,9})[.-][0-9a-z]{8}(?:-[0-9]+)?\Z")
+_PLACE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9 ._-]{0,127}\Z")
+_WANDB_ID = re.compile(
+    r"(?P<run_id>[a-z0-9][a-z0-9_-]{0,63}\.r\.[0-9]{5,9})[.-][0-9a-z]{8}(?:-(?P<attempt>[0-9]{1,6}))?\Z"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ class Wanted:
         match = _WANDB_ID.match(last)
         run_id = match["run_id"] if match else last if rundir.RUN_ID.match(last) else None
         sweep = run_id.rpartition(".r.")[0] if run_id else last
-        if len(place) > 2 or not all(place) or not rundir.SWEEP_NAME.match(sweep):
+        is_place = len(place) <= 2 and all(_PLACE.match(part) for part in place)
+        if not is_place or not rundir.SWEEP_NAME.match(sweep):
             raise ConfigError(
                 f"resume_from_wandb={name!r} names no run",
                 do="Use W&B's id (simple.r.00003.1a2b3c4d), the run's (simple.r.00003) or a sweep's name, "
@@ -79,10 +83,12 @@ class WandbSource:
     Attributes:
         wanted: Only what it names is seen.
         path: ENTITY/PROJECT, or PROJECT of the default entity.
+        group: tracking.wandb.group, where it is not the sweep's name.
     """
 
     wanted: Wanted
     path: str
+    group: str | None = None
     _runs: dict[str, Any] = field(default_factory=dict)
     _holders: dict[str, dict[str, wandb.Artifact]] = field(default_factory=dict)
 
@@ -99,9 +105,12 @@ class WandbSource:
         """The runs that are wanted and of which W&B has the identity; the newest W&B run of each."""
         found: dict[str, Any] = {}
         for run in self._candidates(sweep):
-            known = found.get(run.name)
-            if rundir.RUN_ID.match(run.name or "") and (known is None or run.created_at > known.created_at):
-                found[run.name] = run
+            match = _WANDB_ID.match(run.id)  # the name can be changed there by people
+            if match is None or self.wanted.run_id not in (None, match["run_id"]):
+                continue
+            known = found.get(match["run_id"])
+            if known is None or run.created_at > known.created_at:
+                found[match["run_id"]] = run
         self._runs = found
         return sorted(found)
 
@@ -110,9 +119,7 @@ class WandbSource:
         if wanted.wandb_run_id is not None:
             yield self._api.run(f"{self.path}/{wanted.wandb_run_id}")
             return
-        for run in self._api.runs(self.path, {"group": sweep}):
-            if wanted.run_id in (None, run.name):
-                yield run
+        yield from self._api.runs(self.path, {"group": self.group or sweep})
 
     def listing(self, run_id: str) -> Listing:
         """Its files: those of the run itself, and of its newest checkpoint."""
@@ -129,7 +136,7 @@ class WandbSource:
             for name, entry in artifact.manifest.entries.items():
                 files[name], holders[name] = Listed(size_bytes=int(entry.size or 0)), artifact
         self._holders[run_id] = holders
-        return Listing(files, lease_epoch=lease_epoch)
+        return Listing(files, lease_epoch=lease_epoch, attempt=_attempt_of(run))
 
     def newest_step(self, run_id: str) -> int | None:
         """The step of the newest checkpoint that W&B has of one of `run_ids`."""
@@ -169,8 +176,22 @@ class WandbSource:
             raise Gone(f"{name} has {size_bytes} bytes, more than was listed")
 
 
+def _attempt_of(run: Any) -> int:
+    """The number of the run's last attempt that W&B knows of; 0 if it does not say."""
+    told = run.summary.get("sweeper/attempts")
+    numbered = _WANDB_ID.match(run.id)
+    suffix = int(numbered["attempt"] or 0) if numbered else 0
+    return max(suffix, told if type(told) is int and 0 < told < 1_000_000 else 0)
+
+
 def fetch(
-    wanted: Wanted, path: str, *, data_dir: Path, overwrite: bool, say: Callable[[str], None]
+    wanted: Wanted,
+    path: str,
+    *,
+    group: str | None,
+    data_dir: Path,
+    overwrite: bool,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Fetch what is wanted into the data directory; returns the runs that are here now.
 
@@ -181,7 +202,7 @@ def fetch(
     what = wanted.wandb_run_id or wanted.run_id or f"sweep {wanted.sweep}"
     check = f"Check the id, the key, and its access to project {path}; what has arrived whole is kept."
     try:
-        source = WandbSource(wanted, path)
+        source = WandbSource(wanted, path, group)
         arrived = arrivals.fetch_sweep(source, wanted.sweep, data_dir=data_dir, overwrite=overwrite, say=say)
     except SweeperError:
         raise
@@ -208,7 +229,7 @@ def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, o
     entity, project = wanted.entity or settings.entity, wanted.project or project_of(settings)
     path = f"{entity}/{project}" if entity else project
     name = wanted.wandb_run_id or wanted.run_id or wanted.sweep
-    arguments = [name, path, os.path.abspath(data_dir), str(int(overwrite))]
+    arguments = [name, path, settings.group or "", os.path.abspath(data_dir), str(int(overwrite))]
     argv = [sys.executable, "-P", "-m", "sweeper.tracking.wandb_source", *arguments]
     with tempfile.TemporaryDirectory(prefix="sweeper-fetch-") as scratch:  # the client leaves some behind
         env = {**environment(), "TMPDIR": scratch}
@@ -221,11 +242,13 @@ def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, o
 
 def main(arguments: list[str]) -> int:
     """Do what `fetch_in_child` was asked for; the last line on stdout is the answer."""
-    name, path, data_dir, overwrite = arguments
+    name, path, group, data_dir, overwrite = arguments
     os.environ["WANDB_SILENT"] = "true"
     try:
         wanted = Wanted.parse(name)
-        arrived = fetch(wanted, path, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say)
+        arrived = fetch(
+            wanted, path, group=group or None, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say
+        )  # fmt: skip
     except SweeperError as error:
         print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

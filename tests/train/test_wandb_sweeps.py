@@ -86,6 +86,11 @@ class Sweep:
                 command, env=self.environment, cwd=self.place, stdout=log, stderr=log, start_new_session=True
             )
 
+    def start_sync(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "sweeper", "sync", "simple"]
+        with open(self.place / "log", "ab") as log:
+            return subprocess.Popen(command, env=self.environment, cwd=self.place, stdout=log, stderr=log)
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "sweeper", *arguments], env=self.environment, cwd=self.place, capture_output=True, text=True
@@ -222,6 +227,11 @@ def test_a_server_that_is_away_all_the_time_gets_everything_by_sync(
     again = sweep.run("sync")
     assert again.stdout.splitlines() == [f"simple.r.0000{number}: W&B has it all" for number in range(2)]
 
+    others = [sweep.start_sync() for _ in range(3)]
+    codes = sorted(process.wait(timeout=LIMIT_S) for process in others)
+    assert codes[0] == 0
+    assert server.violations == {}
+
 
 def test_must_without_the_run_ends_the_worker_and_loses_nothing(tmp_path: Path, server: WandbServer) -> None:
     sweep = Sweep(tmp_path / "must", server)
@@ -279,8 +289,16 @@ def test_a_run_goes_on_on_a_machine_that_has_nothing_but_wandb(tmp_path: Path, s
     until(lambda: not there.processes(), "machine A is dead")
     there.data_dir.rename(tmp_path / "burnt")
 
+    server.runs[name].display_name = "my favourite"  # people may rename it
     alone = Sweep(tmp_path / "b", server, more={"HF_TOKEN": CANARY})
-    launched = alone.start(*common, f"resume_from_wandb={name}", "tracking.wandb.resume=must")
+    fetching = (*common, f"resume_from_wandb={name}", "tracking.wandb.resume=must")
+    alone.open_gate(40)
+    interrupted = alone.start(*fetching)
+    until(lambda: alone.run_dirs() and alone.step() == 40, "machine B trains")
+    os.killpg(interrupted.pid, signal.SIGKILL)
+    until(lambda: interrupted.poll() is not None, "its launcher is gone")
+    alone.open_gate(1 << 30)
+    launched = alone.start(*fetching)
     assert launched.wait(timeout=LIMIT_S) == 0, alone.log()
     assert "[W&B] simple.r.00001: fetched (step" in alone.log()
     assert [path.name for path in alone.run_dirs()] == ["simple.r.00001"]
