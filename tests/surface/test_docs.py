@@ -415,7 +415,9 @@ def test_list_is_documented(answer: Any) -> None:
 
 
 def test_status_is_documented(answer: Any, data: str) -> None:
-    costs = {k: kind for k, kind in documented("status").items() if k.split(".")[0] in ("steps", "resumption")}
+    costs = {
+        k: kind for k, kind in documented("status").items() if k.split(".")[0] in ("steps", "resumption")
+    }
     check(answer("status", "simple.r.00001"), documented("A run") | costs)
     (one,) = answer("status")
     assert one["best"]
