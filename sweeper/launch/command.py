@@ -124,7 +124,10 @@ def _again(argv: list[str], overrides: list[str]) -> list[str]:
 
 
 def _may_hold_password(override: str) -> bool:
-    return override.startswith("storage.url=") and "@" in override
+    """Whether an override names a database, and perhaps a password: `storage.url=…`, `+storage={url: …}`."""
+    key, _, value = override.lstrip("+~").partition("=")
+    is_url = key.partition(".")[0] == "storage"
+    return is_url and ("@" in value or "password" in value.lower())
 
 
 def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:

@@ -40,7 +40,10 @@ OURS = (
 """Groups a worker reads: resolved once, at the launch."""
 
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+# An author is no authorization, and PWD is where one is.
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|AUTH(?!OR(?!I[ZS]))|DSN|CRED|PRIVATE", re.IGNORECASE)
+_NO_SECRETS = ("PWD", "OLDPWD")
+_URL_WITH_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/:@]*:[^\s@]+@", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +136,21 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable of the environment is one, by its name or as a URL with a password."""
+    is_named_so = name not in _NO_SECRETS and _SECRET.search(name) is not None
+    return is_named_so or _URL_WITH_PASSWORD.search(value) is not None
+
+
 def _without_secrets(value: Any, raw: Any) -> Any:
     """Wherever a secret's value got in by some detour, the text it was written as."""
     if isinstance(value, dict) and isinstance(raw, dict):
         return {key: _without_secrets(value[key], raw.get(key)) for key in value}
     if isinstance(value, list) and isinstance(raw, list):
         return [_without_secrets(item, text) for item, text in zip(value, raw, strict=True)]
-    secrets = (text for name, text in os.environ.items() if _SECRET.search(name) and len(text) >= 8)
-    is_secret = isinstance(value, str) and any(secret in value for secret in secrets)
-    return raw if is_secret else value
+    secrets = (text for name, text in os.environ.items() if is_secret(name, text) and len(text) >= 8)
+    holds_one = isinstance(value, str) and any(secret in value for secret in secrets)
+    return raw if holds_one else value
 
 
 def _resolved(parent: Any, key: Any, raw: Any) -> Any:
@@ -157,7 +166,7 @@ def _resolved(parent: Any, key: Any, raw: Any) -> Any:
 
 
 def _has_secret(text: str) -> bool:
-    return any(_SECRET.search(name) for name in _ENVIRONMENT.findall(text))
+    return any(is_secret(name, os.environ.get(name, "")) for name in _ENVIRONMENT.findall(text))
 
 
 def _frozen(node: Any, cfg: DictConfig) -> Any:

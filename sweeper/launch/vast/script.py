@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 
 from sweeper.errors import ConfigError
+from sweeper.launch.settings import is_secret
 from sweeper.launch.vast.plan import Plan
 
 MAX_CHARACTERS = 4048
 """Of an on-start script. Source: VastAI's API reference, PUT /asks/{id}/, `onstart`."""
 
 _PLACE = re.compile(r"@([A-Z_]+)@")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
 
 def script(
@@ -133,7 +133,7 @@ def refuse_secrets(texts: Iterable[str], plan: Plan, here: Mapping[str, str] = o
     """Refuse a text that holds a secret of this environment. Raises ConfigError, naming the variable."""
     secrets = {
         name: value for name, value in here.items()
-        if len(value) >= 8 and (_SECRET.search(name) or (name in plan.env and len(value) >= 16))
+        if len(value) >= 8 and (is_secret(name, value) or (name in plan.env and len(value) >= 16))
     }  # fmt: skip
     for text in texts:
         for name, value in secrets.items():
