@@ -107,6 +107,9 @@ def test_hostile_values_reach_the_sweep_unchanged(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"git_url": "https://me:pw12345678@host/x"}, "GIT_TOKEN"),
+        ({"git_url": "https://ghp_TOKEN@github.com/me/mine"}, r"git_url='…' .*GIT_TOKEN"),
+        ({"git_url": "HTTP://ghp_TOKEN@host/x"}, "GIT_TOKEN"),
+        ({"git_url": "ssh://git:pw12345678@host/x"}, "GIT_TOKEN"),
         ({"git_url": "--upload-pack=touch"}, "can begin with a dash"),
         ({"git_branch": "x"}, "needs launcher.git_url"),
         ({"env": ["VAST_API_KEY"]}, "stays here"),
@@ -123,6 +126,13 @@ def test_hostile_values_reach_the_sweep_unchanged(tmp_path: Path) -> None:
 def test_what_could_only_fail_later_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         plan(**changes)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://github.com/me/a@b", "ssh://git@github.com/me/mine", "git@github.com:me/mine", "/mnt/a@b"]
+)
+def test_an_address_without_a_secret_is_taken(url: str) -> None:
+    assert plan(git_url=url).git_url == url
 
 
 def test_a_configuration_of_this_machine_is_refused() -> None:

@@ -22,6 +22,8 @@ SLACK_S = 60.0
 """The instance ends itself so much earlier than its launcher would."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+# Over HTTP even a name alone may be a token; over ssh it is none.
+_CREDENTIALS = re.compile(r"https?://[^/]*@|\w+://[^/]*:[^/]*@", re.IGNORECASE)
 _NOT_FOR_INSTANCES = ("VAST_API_KEY", "CONTAINER_API_KEY", "CONTAINER_ID", "PATH", "HOME")
 
 
@@ -92,8 +94,8 @@ class Plan:
         )  # fmt: skip
         _need(self.image, "image", self.image, "Name an image of a container.")
         _need(
-            self.git_url is None or not re.match(r"\w+://[^/]*:[^/]*@", self.git_url),
-            "git_url", "…", "It has a password. Put a token into $GIT_TOKEN, and launcher.env=[GIT_TOKEN].",
+            self.git_url is None or not _CREDENTIALS.search(self.git_url),
+            "git_url", "…", "It has a name or password. Put a token into $GIT_TOKEN, and launcher.env=[GIT_TOKEN].",
         )  # fmt: skip
         is_option = any(str(value or "").startswith("-") for value in (self.git_url, self.git_branch))
         _need(not is_option, "git_url", self.git_url, "Neither it nor git_branch can begin with a dash.")
