@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -69,6 +68,7 @@ def test_an_interrupted_sweep_goes_on_from_its_mirror_on_another_instance(
         "mirror.url": url, "mirror.every_s": "0.5", "checkpoint.every_n_steps": "20", "checkpoint.every_s": "null",
         "sweep.n_trials": "2", "trainer.max_steps": "120", "sweep.params": "{trainer.lr: \"interval(0.001, 0.01)\"}",
         "launcher.interruptible": "true",
+        "launcher.save": "['true']",  # the instances share this disk
     })  # fmt: skip
     interrupted: list[Any] = []
 
@@ -167,20 +167,3 @@ def test_clone_environment_and_install_are_real_and_a_failing_training_ends_the_
     assert "installed 1 True" in box.log.read_text()
     assert (box.work / "saved").exists()
     assert (box.work / "sweeper-simple/repo/.git").is_dir()
-
-
-def test_a_copy_that_lacks_something_is_completed_or_refused(tmp_path: Path) -> None:
-    from sweeper.launch.vast.copies import lacking
-
-    first, second, third = (tmp_path / f"s.r.0000{number}" for number in range(3))
-    for run_dir in (first, second, third):
-        (run_dir / "checkpoints").mkdir(parents=True)
-        (run_dir / "checkpoints/trainer_checkpoint.json").write_text(json.dumps({"step": 40}))
-    (first / "result.json").write_text("{}")
-    copy = {first.name: (False, 40), second.name: (False, 20), third.name: (False, 40)}
-    assert lacking([first, second, third], copy.__getitem__) == [
-        "s.r.00000: its result",
-        "s.r.00001: step 40 (it has 20)",
-    ]
-    copy[first.name] = (True, 40)
-    assert lacking([first, second], copy.__getitem__, has_newest=False) == []

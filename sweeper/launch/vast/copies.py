@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sweeper import checkpoints, rundir
-from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, NotWell, SweeperError
+from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, CheckpointRefused, NotWell, SweeperError
+from sweeper.mirror.snapshots import result_epoch
 from sweeper.reading import Reading, default_storage
+from sweeper.states import State
 
 COPY_WITHIN_S = 600.0
 """How long the mirror may take for what it lacks. Each try of the script gets as much."""
@@ -23,31 +25,50 @@ StepOf = Callable[[str], tuple[bool, int | None]]
 """Run id → whether the copy has it as finished, and its newest checkpoint's step there."""
 
 
+ABANDONED = (State.SUPERSEDED, State.FAILED, State.CANCELLED)
+"""Nothing goes on from their checkpoints; and all of a superseded run's may be damaged."""
+
+
 def lacking(run_dirs: list[Path], in_copy: StepOf, *, has_newest: bool = True) -> list[str]:
     """The runs of which a copy lacks something, each with what.
 
     Args:
-        has_newest: The copy is meant to have the newest checkpoint of every run.
+        has_newest: The copy is meant to have the newest valid checkpoint of every run that has not failed.
     """
     found = []
     for run_dir in run_dirs:
         is_final, step = in_copy(run_dir.name)
-        newest = newest_step(run_dir)
-        if (run_dir / rundir.RESULT_FILE).exists() and not is_final:
+        state = _ended(run_dir)
+        if state is not None and not is_final:
             found.append(f"{run_dir.name}: its result")
-        elif has_newest and newest is not None and (step is None or step < newest):
+        elif has_newest and state not in ABANDONED and (newest := valid_beyond(run_dir, step)) is not None:
             found.append(f"{run_dir.name}: step {newest} (it has {step if step is not None else 'none'})")
     return found
 
 
-def newest_step(run_dir: Path) -> int | None:
-    """Step of the newest checkpoint that a run's pointer names; None when there is none."""
-    try:
-        pointer = rundir.read_json(run_dir / rundir.CHECKPOINTS_DIR / checkpoints.POINTER)
-    except (FileNotFoundError, rundir.Damaged):
+def valid_beyond(run_dir: Path, step: int | None) -> int | None:
+    """Step of the newest valid checkpoint of a run that is newer than `step`; None when there is none.
+
+    What a copy has already is not read again.
+    """
+    root = run_dir / rundir.CHECKPOINTS_DIR
+    starts = checkpoints.known_starts(root)
+    for newest, directory in checkpoints.steps_on_disk(root):
+        if step is not None and newest <= step:
+            return None
+        try:
+            checkpoints.validate(directory, run_id=run_dir.name, starts=starts)
+        except CheckpointRefused:
+            continue
+        return newest
+    return None
+
+
+def _ended(run_dir: Path) -> State | None:
+    """How a run ended, if its result counts: no copy takes one that does not."""
+    if result_epoch(run_dir) is None:
         return None
-    step = pointer.get("step")
-    return step if type(step) is int else None
+    return State(str((rundir.read_result(run_dir) or {}).get("state")))
 
 
 def check(sweep: str, *, data_dir: Path) -> int:

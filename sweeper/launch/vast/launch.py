@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from sweeper.launch.vast.copies import project_path
 from sweeper.launch.vast.ledger import Ledger, held, path_of
 from sweeper.launch.vast.plan import Plan
 from sweeper.launch.vast.renting import Asked, Renter
+from sweeper.mirror.settings import check_url
 from sweeper.report.hints import next_command
 
 CHECK = '"$SWEEPER_PYTHON" -m sweeper.launch.vast.copies check "$SWEEP"'
@@ -25,6 +27,11 @@ CHECK = '"$SWEEPER_PYTHON" -m sweeper.launch.vast.copies check "$SWEEP"'
 
 FINISH, FINISH_S = "tracking.wandb.finish_timeout", 600
 """An instance has nothing better to do than to wait for its last upload: nobody can send it later."""
+
+KEY = "WANDB_API_KEY"
+"""Without it an instance cannot log in to W&B."""
+
+_LINES = "lines of your own with launcher.save and launcher.restore"
 
 SHOWN = Path(".vast") / "onstart.sh"
 """Where the script lies that an instance starts with, to be read; in the current directory."""
@@ -54,14 +61,12 @@ class Job:
         plan = Plan.of(settings.launcher)
         if is_shut_down:
             plan = replace(plan, auto_shutdown=True)
-        has_mirror, has_wandb = _copies(settings.new.config)
-        if has_mirror or has_wandb:
+        has_mirror, has_wandb = _copies(settings.new.config, plan)
+        if has_mirror and _is_directory(settings.new.config):
+            # What the user's lines carry away is whole before.
+            plan = replace(plan, save=(CHECK, *plan.save))
+        elif has_mirror or has_wandb:
             plan = replace(plan, save=(*plan.save, CHECK))
-        elif not plan.save:
-            raise ConfigError(
-                "launcher=vast needs a place where the sweep survives its instance",
-                do="Set mirror.url=, or tracking.wandb.upload_checkpoints=last, or lines of your own with launcher.save and launcher.restore.",
-            )
         environment = scripting.environment(plan)
         env_option(environment)
         arguments = scripting.arguments(
@@ -110,10 +115,53 @@ def _lines(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _copies(config: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether there is a mirror, and whether W&B gets the checkpoints."""
-    uploads = config["tracking"]["wandb"].get("upload_checkpoints") or "never"
-    return bool((config.get("mirror") or {}).get("url")), uploads != "never"
+def _copies(config: Mapping[str, Any], plan: Plan, here: Mapping[str, str] = os.environ) -> tuple[bool, bool]:
+    """Whether there is a mirror, and whether W&B gets the checkpoints.
+
+    Raises:
+        ConfigError: Nothing would survive the instance, and there are no lines of the user's own.
+    """
+    has_mirror = bool((config.get("mirror") or {}).get("url"))
+    wandb = config["tracking"]["wandb"]
+    uploads = (wandb.get("upload_checkpoints") or "never") != "never"
+    why_not = _why_offline(wandb.get("mode"), plan, here)
+    has_wandb = uploads and not why_not
+    if plan.save:
+        return has_mirror, has_wandb
+    if has_mirror and _is_directory(config):
+        raise ConfigError(
+            "mirror.url is a directory, which an instance takes with it when it is destroyed",
+            do=f"Use a store, e.g. s3://bucket/prefix; or carry it away with {_LINES}.",
+        )
+    if not has_mirror and uploads and why_not:
+        raise ConfigError(
+            "tracking.wandb.upload_checkpoints is the only copy of the sweep, and nothing would be uploaded",
+            why=why_not[0],
+            do=f"{why_not[1]}, or set mirror.url=, or {_LINES}.",
+        )
+    if not has_mirror and not uploads:
+        raise ConfigError(
+            "launcher=vast needs a place where the sweep survives its instance",
+            do=f"Set mirror.url=, or tracking.wandb.upload_checkpoints=last, or {_LINES}.",
+        )
+    return has_mirror, has_wandb
+
+
+def _is_directory(config: Mapping[str, Any]) -> bool:
+    """Whether the mirror is one of the file system's, and so on the instance's own disk."""
+    url = check_url(config["mirror"]["url"]) or ""
+    return url.partition("://")[0].lower() in ("file", "local")
+
+
+def _why_offline(mode: str | None, plan: Plan, here: Mapping[str, str]) -> tuple[str, str] | None:
+    """Why W&B gets nothing from an instance, and what to do; None if it does."""
+    if mode is None and "WANDB_MODE" in plan.env and (handed := here.get("WANDB_MODE")):
+        mode = handed if handed in ("offline", "disabled") else None
+    if mode not in (None, "online"):
+        return f"its mode is {mode} there", "Set tracking.wandb.mode=online"
+    if KEY not in plan.env:
+        return f"{KEY} is not in launcher.env", f"Set launcher.env=[{KEY}]"
+    return None
 
 
 def show(text: str) -> None:
