@@ -439,6 +439,7 @@ def test_without_a_copy_or_a_client_or_a_variable_nothing_is_rented(
     launch: Any, server: VastServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "needs a place where the sweep survives" in launch("launcher.save=[]").err
+    assert "mirror.url is a directory" in launch("launcher.save=[]", "mirror.url=x", "--dry-run").err
     assert "launcher.env names NO_SUCH" in launch("launcher.env=[NO_SUCH]").err
     monkeypatch.setenv("QUOTED", "it's")
     assert "its value has quotes" in launch("launcher.env=[QUOTED]").err
@@ -446,3 +447,22 @@ def test_without_a_copy_or_a_client_or_a_variable_nothing_is_rented(
     said = launch()
     assert (said.code, server.creations) == (EXIT_CONFIG, [])
     assert re.search("needs the program `vastai`.*pipx install vastai", said.err)
+
+
+def test_a_directory_is_made_whole_before_lines_carry_it_away(launch: Any, server: VastServer) -> None:
+    said = launch("--dry-run", f"mirror.url={Path.cwd()}/copy")
+    (save,) = [line for line in said.out.splitlines() if line.startswith("save=(")]
+    assert (said.code, save.index("copies check") < save.index("exit 0")) == (EXIT_OK, True)
+
+
+def test_a_server_that_does_not_answer_is_one_sentence_with_what_to_do(
+    sweeper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAST_URL", "http://127.0.0.1:9")
+    said = sweeper("vast", "list")
+    assert (said.code, said.out) == (EXIT_NOT_WELL, "")
+    assert said.err.startswith(
+        "sweeper: vastai show instances: VastAI does not answer: 127.0.0.1: Connection refused. Check the network"
+    )
+    assert len(said.err.splitlines()) == 1
+    assert "requests.exceptions" not in said.err

@@ -220,6 +220,11 @@ class Client:
                     do="Check VAST_API_KEY." if status in (401, 403) else "",
                     status=status if isinstance(status, int) else None,
                 )  # fmt: skip
+        if code != 0 and (cause := _no_connection(lines)):
+            raise VastError(
+                f"{what}: VastAI does not answer", why=self._hide(cause),
+                do="Check the network (and VAST_URL, if it is set), then try again; VastAI's console shows what runs, and costs, meanwhile.",
+            )  # fmt: skip
         if code != 0:
             raise VastError(
                 f"{what}: exit {code}", why=self._hide(lines[-1] if lines else "nothing was said")
@@ -250,6 +255,18 @@ def _error_object(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return said if isinstance(said, dict) and said.get("error") else None
+
+
+def _no_connection(lines: Sequence[str]) -> str:
+    """Why there was no answer, from the last line of a traceback; empty when it tells of something else."""
+    last = lines[-1] if lines else ""
+    failed = re.match(r"requests\.exceptions\.(\w*Connection\w*|\w*Timeout|SSLError|ProxyError)\b", last)
+    if not failed:
+        return ""
+    host = re.search(r"host='([^']+)'", last)
+    # At its end is what the system said, if it did: `… [Errno 111] Connection refused"))`.
+    cause = re.split(r"\[Errno -?\d+\] ", last)[-1].strip("'\")(] ") if "[Errno" in last else failed[1]
+    return f"{host[1]}: {cause}" if host else cause
 
 
 def interpreter(program: Path) -> str:
