@@ -50,13 +50,16 @@ class Resumption(TypedDict):
     gpu_seconds_saved: float
 
 
+# An attempt that is over ended where it says; where the run is now, only the one that still trains.
+_END = """CASE WHEN r.state = 'running' AND a.attempt = r.attempts AND r.global_step > COALESCE(a.end_step, -1)
+         THEN r.global_step ELSE a.end_step END"""
+
 # An attempt's steps beyond the start of the next one were trained again; a superseded run was
 # trained for nothing. Attempts whose trainer never said where it starts trained nothing.
-_ATTEMPTS = """
+_ATTEMPTS = f"""
   SELECT a.run_id, a.attempt, a.start_step, a.outcome, a.ended_at, r.state, a.num_gpus,
     a.went_on_at - a.started_at AS latency_s, a.ended_at - a.went_on_at AS training_s,
-    CASE WHEN COALESCE(a.end_step, r.global_step) > a.start_step
-         THEN COALESCE(a.end_step, r.global_step) - a.start_step ELSE 0 END AS trained,
+    CASE WHEN {_END} > a.start_step THEN {_END} - a.start_step ELSE 0 END AS trained,
     LEAD(a.start_step) OVER (PARTITION BY a.run_id ORDER BY a.attempt) AS next_start
   FROM sweeper_attempt a JOIN sweeper_run r ON r.run_id = a.run_id
 """

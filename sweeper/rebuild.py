@@ -23,7 +23,7 @@ from sweeper.restored import Restored
 from sweeper.rundir import Damaged, Identity
 from sweeper.states import State
 from sweeper.store import Store
-from sweeper.tracking import read_rows
+from sweeper.tracking import last_step, read_rows
 
 MAX_TRIALS = 1_000_000
 """A larger number in a run.json is damage: every number below it becomes a trial."""
@@ -225,6 +225,7 @@ def restore(name: str, entries: list[Found], data_dir: Path) -> Restored:
         reasons={run_id: str((entry.result or {}).get("reason", "")) for run_id, entry in by_id.items()},
         outcomes={run_id: _outcome(entry) for run_id, entry in by_id.items()},
         starts={run_id: _starts(entry) for run_id, entry in by_id.items()},
+        ends={run.run_id: _end(by_id[run.run_id], run) for run in runs},
         reports={
             run.trial: _reports(by_id[run.run_id].directory, sweep["metric"])
             for run in runs
@@ -281,6 +282,10 @@ def _attempts(run_dir: Path) -> int:
 
 def _starts(entry: Found) -> list[tuple[int, int]]:
     return sorted(checkpoints.known_starts(entry.directory / rundir.CHECKPOINTS_DIR))
+
+
+def _end(entry: Found, run: Run) -> int:
+    return max(run.global_step, last_step(entry.directory / rundir.METRICS_FILE) or 0)
 
 
 def _value(entry: Found) -> float | None:

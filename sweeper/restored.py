@@ -23,6 +23,7 @@ class Restored:
         next_run: Above the number of every directory there is, damaged ones included.
         values, reasons, outcomes: By run id, from result.json.
         starts: By run id, (lease_epoch, start step) of its attempts, from the manifests.
+        ends: By run id, the step that the last of them reached, as far as is known.
         reports: By trial number, step → reported value.
         retried: Runs that a later trial retries.
     """
@@ -34,6 +35,7 @@ class Restored:
     reasons: Mapping[str, str]
     outcomes: Mapping[str, str | None]
     starts: Mapping[str, Sequence[tuple[int, int]]]
+    ends: Mapping[str, int]
     reports: Mapping[int, Mapping[int, float]]
     retried: Set[str]
     next_run: int
@@ -81,10 +83,12 @@ def _restore_run(connection: Connection, run: Run, restored: Restored, now: floa
         checkpoint_step=run.checkpoint_step, is_retried=run.run_id in restored.retried,
         replaces=run.replaces, retry_of=run.retry_of, created_at=now, updated_at=now,
     )  # fmt: skip
-    for number, (epoch, start) in enumerate(starts, 1):
+    # How far an attempt came is not known, but that the next one went on from there, or before.
+    ends = [*(start for _, start in starts[1:]), restored.ends[run.run_id]]
+    for number, ((epoch, start), end) in enumerate(zip(starts, ends, strict=False), 1):
         ended = outcome if outcome and number == len(starts) else str(Outcome.LOST)
         insert(
             connection, "sweeper_attempt",
             run_id=run.run_id, attempt=number, lease_epoch=epoch, owner="{}", started_at=now, start_step=start,
-            outcome=ended, reason="rebuilt from the run directory",
+            end_step=max(start, end), outcome=ended, reason="rebuilt from the run directory",
         )  # fmt: skip

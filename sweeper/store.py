@@ -209,7 +209,7 @@ class Store(Database):
                 return None
             run = sweep_rows.run_of(row)
             if ended is not None:
-                sweep_rows.end_attempt(connection, run.run_id, *ended, now=now, step=run.global_step)
+                sweep_rows.end_attempt(connection, run.run_id, *ended, now=now)
                 run = sweep_rows.run_of(
                     execute(connection, "SELECT * FROM sweeper_run WHERE run_id=:r", r=run.run_id).one()
                 )
@@ -397,6 +397,21 @@ class Store(Database):
             optuna_rows.insert_attrs(connection, run.trial_id, system_attrs)
 
     # --- ending an attempt -----------------------------------------------------------------
+
+    @patient
+    def record_end(self, lease: Lease, *, step: int) -> None:
+        """The metrics log ends at `step`: so far came, at least, the newest attempt whose trainer has started.
+
+        Without the lease it would be another attempt's log.
+        """
+        with self._transaction() as connection:
+            self._guarded(connection, lease, "heartbeat=heartbeat")
+            execute(
+                connection,
+                "UPDATE sweeper_attempt SET end_step=:step WHERE run_id=:r AND attempt=(SELECT MAX(attempt) "
+                "FROM sweeper_attempt WHERE run_id=:r AND start_step IS NOT NULL) AND COALESCE(end_step, start_step)<:step",
+                step=step, r=lease.run_id,
+            )  # fmt: skip
 
     @patient
     def release(self, lease: Lease, ending: Ending, *, back_off_s: float = 0.0) -> None:

@@ -110,16 +110,18 @@ def insert_attempt(
     )  # fmt: skip
 
 
-def end_attempt(
-    connection: Connection, run_id: str, epoch: int, ending: Ending, *, now: float, step: int | None = None
-) -> int:
-    """Write why the attempt ended, and count it against the budget of its class; returns the trial's id."""
+def end_attempt(connection: Connection, run_id: str, epoch: int, ending: Ending, *, now: float) -> int:
+    """Write why the attempt ended, and count it against the budget of its class; returns the trial's id.
+
+    It ended at the step last heard of, or further on if `Store.record_end` knew better.
+    """
     committed = execute(
         connection,
         "UPDATE sweeper_attempt SET ended_at=:now, outcome=:o, reason=:why, detail=:detail, "
-        "end_step=COALESCE(:step, (SELECT global_step FROM sweeper_run WHERE run_id=:r)) "
+        "end_step=(SELECT CASE WHEN sweeper_attempt.end_step > r.global_step THEN sweeper_attempt.end_step "
+        "ELSE r.global_step END FROM sweeper_run r WHERE r.run_id=:r) "
         "WHERE run_id=:r AND lease_epoch=:e AND outcome IS NULL RETURNING checkpoint_step",
-        now=now, o=str(ending.outcome), why=ending.reason, detail=ending.detail, step=step, r=run_id, e=epoch,
+        now=now, o=str(ending.outcome), why=ending.reason, detail=ending.detail, r=run_id, e=epoch,
     ).scalar_one_or_none()  # fmt: skip
     column = None if ending.is_disk_fault else BUDGETS.get(ending.outcome)
     count = f", {column}={column}+1" if column and committed is None else ""

@@ -39,7 +39,7 @@ from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.stopping import StopFlag
 from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
-from sweeper.tracking import Tracker, TrackingSettings
+from sweeper.tracking import Tracker, TrackingSettings, last_step
 from sweeper.trainer import nodes
 from sweeper.trainer.run import DISK_FAULTS, Spec, in_attempt
 from sweeper.trainer.warm import TrainerServer, num_nodes, num_ranks, uses_cuda, wants_plain
@@ -210,6 +210,8 @@ class Worker:
                 run, lease, run_dir, Ending(Outcome.CRASHED, str(error), no_checkpoint=True), count=0
             )
             return
+        if not claim.is_new:
+            self._record_end(lease, run_dir)
         decision = self._on_claim(claim, lease, run_dir)
         rundir.write_marker(
             run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now()
@@ -307,11 +309,19 @@ class Worker:
             log_path,
             on_start=lambda step, devices: self._track(run, lease, run_dir, step, devices),
         )
+        with contextlib.suppress(Fenced):  # what comes next says so
+            self._record_end(lease, run_dir)
         count = self._store.budget_after(lease, ending.outcome)
         try:
             self._finish(run, lease, run_dir, ending, count=count)
         finally:
             self._mirror.end(run_dir=run_dir, lease_epoch=lease.lease_epoch, attempt=run.attempts)
+
+    def _record_end(self, lease: Lease, run_dir: Path) -> None:
+        """How far the last training came that wrote rows, before the next one cuts them."""
+        step = last_step(run_dir / rundir.METRICS_FILE)
+        if step is not None:
+            self._store.record_end(lease, step=step)
 
     def _spec(
         self, run: Run, lease: Lease, run_dir: Path, identity: Identity, config: dict[str, Any]

@@ -6,7 +6,7 @@ loads the standard library only.
 """
 
 from sweeper.tracking.messages import TensorboardSettings, TrackingSettings, WandbSettings
-from sweeper.tracking.metrics import Follower, MetricsLog, read_rows
+from sweeper.tracking.metrics import Follower, MetricsLog, last_step, read_rows
 from sweeper.tracking.tracker import Tracker
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Tracker",
     "TrackingSettings",
     "WandbSettings",
+    "last_step",
     "read_rows",
 ]

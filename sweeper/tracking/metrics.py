@@ -23,7 +23,9 @@ Row = dict[str, Value]
 
 STEP = "step"
 MAX_ROW_BYTES = 1 << 20
+MAX_STEP = 10**12
 _CHUNK_BYTES = 1 << 18
+_MAX_DAMAGED_LINES = 100
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -285,6 +287,24 @@ def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
         yield from _Lines(fd).rows()
     finally:
         os.close(fd)
+
+
+def last_step(path: Path) -> int | None:
+    """The step of the last row, read from the end; None when there is none among the last lines."""
+    fd = _open_regular(path)
+    if fd is None:
+        return None
+    try:
+        end = _end_of_row(fd, os.fstat(fd).st_size)
+        for _ in range(_MAX_DAMAGED_LINES):
+            start = _end_of_row(fd, end - 1)
+            row = decode_row(os.pread(fd, end - start, start)) if end - start <= MAX_ROW_BYTES else None
+            if row is not None and isinstance(step := row[STEP], int) and 0 <= step < MAX_STEP:
+                return step
+            end = start
+    finally:
+        os.close(fd)
+    return None
 
 
 class _Lines:

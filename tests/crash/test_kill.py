@@ -96,6 +96,15 @@ def test_kill_again_during_the_recovery(fresh: Place, undisturbed: tuple[Trace, 
     assert failures(killed_then_finished(fresh, end, second=1), range(0, len(trace), 3)) == []
 
 
+def test_steps_beyond_the_checkpoint_are_lost_though_nobody_lived_to_say_so(
+    interrupted: Place, where: Path
+) -> None:
+    place = interrupted.copy(where)
+    assert finish(place) == 0
+    found = place.rows("SELECT start_step, end_step FROM sweeper_attempt ORDER BY attempt")
+    assert [tuple(row.values()) for row in found] == [(0, 6), (4, 6)]
+
+
 # --- a resume that has something to move out of the way --------------------------------------
 
 

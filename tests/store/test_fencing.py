@@ -26,6 +26,7 @@ METHODS: dict[str, Method] = {
     ),
     "record_start": lambda store, sweep, claim, lease: store.record_start(lease, step=3, total_steps=9),
     "record_checkpoint": lambda store, sweep, claim, lease: store.record_checkpoint(lease, step=5),
+    "record_end": lambda store, sweep, claim, lease: store.record_end(lease, step=5),
     "report": lambda store, sweep, claim, lease: store.report(
         lease, claim.run, step=5, value=0.5, prune=True, system_attrs={"completed_rung_0": 0.5}
     ),

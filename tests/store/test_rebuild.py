@@ -84,10 +84,10 @@ class World:
         return code, Store(self.rebuilt)
 
 
-def commit(run_dir: Path, claim: Claim, step: int) -> None:
+def commit(run_dir: Path, claim: Claim, step: int, *, start: int = 0) -> None:
     draft = checkpoints.Draft(
         run_dir / rundir.CHECKPOINTS_DIR, run_id=claim.run.run_id, step=step, lease_epoch=claim.lease.lease_epoch,
-        lineage=((claim.lease.lease_epoch, 0),), parent_step=None,
+        lineage=((claim.lease.lease_epoch, start),), parent_step=start or None,
         config_digest=rundir.read_identity(run_dir).config_digest,
     )  # fmt: skip
     draft.add_bytes("model.pth", b"weights of step %d" % step)
@@ -290,6 +290,28 @@ def test_all_sweeps_or_only_the_one_named(world: World) -> None:
         rebuild.main(world.data_dir / "sweep" / "one", storage=store.url, data_dir=world.data_dir) == EXIT_OK
     )
     assert len(runs(store, "one")) == 1
+
+
+def test_nothing_was_lost_where_the_next_attempt_went_on_from(world: World) -> None:
+    sweep = sweeps.make(world.store)
+    claim = world.draw(sweep, steps=(5, 25))
+    run_dir = world.data_dir / claim.run.path
+    claim = sweeps.take_over(world.store, claim.run)
+    commit(run_dir, claim, 30, start=25)
+    with MetricsLog(run_dir / rundir.METRICS_FILE) as log:
+        log.write(33, {"loss": 0.5})
+    world.mark(claim)
+
+    _, store = world.rebuild()
+
+    (run,) = runs(store).values()
+    found = [(row["start_step"], row["end_step"]) for row in sweeps.attempts(store, run.run_id)]
+    assert found == [(0, 25), (25, 33)]
+    again = sweeps.must_claim(store, run)
+    store.record_start(again.lease, step=33, total_steps=None)
+    store.renew(again.lease, global_step=100)
+    (steps, _), _ = store.costs(again.run)
+    assert steps == {"trained": 100, "recovered": 58, "lost": 0, "goodput": 1.0}
 
 
 def test_a_damaged_checkpoint_is_not_taken_for_the_newest(world: World) -> None:

@@ -146,6 +146,17 @@ def test_steps_of_a_running_attempt_end_where_it_is(filled: Filled) -> None:
         assert reading.progress("simple")["steps"]["trained"] == 70
 
 
+@pytest.mark.parametrize("state", ["running", "interrupted", "completed"])
+def test_an_attempt_that_is_over_does_not_go_on_with_its_run(filled: Filled, state: str) -> None:
+    run_id = filled.run(0, state=state, attempts=2, global_step=50)
+    filled.attempt(run_id, 1, start_step=0, outcome="lost")  # where it ended is not known
+    filled.attempt(run_id, 2, start_step=25, end_step=50 if state == "completed" else 40)
+    with Reading(filled.url) as reading:
+        steps = reading.progress("simple")["steps"]
+    trained = 15 if state == "interrupted" else 25
+    assert steps == {"trained": trained, "recovered": 25, "lost": 0, "goodput": 1.0}
+
+
 def test_resumption_tells_how_resuming_went(filled: Filled) -> None:
     # 100 steps in 50 s, lost at 100; from 80 after 4 s for 20 s; a resume that failed; one after 6 s, for 30 s.
     run_id = filled.run(0, attempts=4, global_step=200)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sweeper import fsops
-from sweeper.tracking.metrics import MAX_ROW_BYTES, Follower, MetricsLog, read_rows
+from sweeper.tracking.metrics import MAX_ROW_BYTES, Follower, MetricsLog, last_step, read_rows
 
 
 @pytest.fixture
@@ -321,3 +321,28 @@ def test_a_follower_waits_while_the_file_is_missing(path: Path) -> None:
     with MetricsLog(path) as log:
         write_steps(log, 1, 2)
     assert followed(follower) == [2]
+
+
+# --- the last step -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        (b"", None),
+        (b'{"step": 7}\n', 7),
+        (b'{"step": 7}\n{"step": 8}\n{"step": 9', 8),
+        (b'{"step": 7}\nnothing\n[]\n', 7),
+        (b'{"step": 7}\n{"step": 1e9}\n{"step": 10000000000000}\n{"step": -1}\n', 7),
+        (b'{"step": 7}\n' + b"x" * (MAX_ROW_BYTES + 5) + b"\n", 7),
+        (b'{"step": 7}\n{"step": 8, "text": "' + b"x" * 600_000 + b'"}\n', 8),
+        (b'{"step": 7}\n' + 1000 * b"\n", None),
+    ],
+)
+def test_the_last_step_is_read_from_the_end(path: Path, content: bytes, step: int | None) -> None:
+    path.write_bytes(content)
+    assert last_step(path) == step
+
+
+def test_without_a_log_there_is_no_last_step(path: Path) -> None:
+    assert last_step(path) is None
