@@ -4,7 +4,7 @@ Each W&B run holds the run's identity and configuration as files below `<run id>
 once it is final; checkpoints come from its artifact (`wandb_checkpoints`). `sweeper.arrivals`
 checks every byte of what is fetched here.
 
-`python -P -m sweeper.tracking.wandb_source NAME PATH GROUP DATA_DIR OVERWRITE` fetches in a process of its
+`python -P -m sweeper.tracking.wandb_source NAME PATH DATA_DIR OVERWRITE` fetches in a process of its
 own: the client starts threads, and a launcher that forks must have none.
 """
 
@@ -83,12 +83,10 @@ class WandbSource:
     Attributes:
         wanted: Only what it names is seen.
         path: ENTITY/PROJECT, or PROJECT of the default entity.
-        group: tracking.wandb.group, where it is not the sweep's name.
     """
 
     wanted: Wanted
     path: str
-    group: str | None = None
     _runs: dict[str, Any] = field(default_factory=dict)
     _holders: dict[str, dict[str, wandb.Artifact]] = field(default_factory=dict)
 
@@ -104,9 +102,11 @@ class WandbSource:
     def run_ids(self, sweep: str) -> Sequence[str]:
         """The runs that are wanted and of which W&B has the identity; the newest W&B run of each."""
         found: dict[str, Any] = {}
-        for run in self._candidates(sweep):
-            match = _WANDB_ID.match(run.id)  # the name can be changed there by people
-            if match is None or self.wanted.run_id not in (None, match["run_id"]):
+        for run in self._candidates():
+            match = _WANDB_ID.match(run.id)  # name and group can be changed there by people
+            if match is None or match["run_id"].rpartition(".r.")[0] != sweep:
+                continue
+            if self.wanted.run_id not in (None, match["run_id"]):
                 continue
             known = found.get(match["run_id"])
             if known is None or run.created_at > known.created_at:
@@ -114,12 +114,12 @@ class WandbSource:
         self._runs = found
         return sorted(found)
 
-    def _candidates(self, sweep: str) -> Iterator[Any]:
+    def _candidates(self) -> Iterator[Any]:
         wanted = self.wanted
         if wanted.wandb_run_id is not None:
             yield self._api.run(f"{self.path}/{wanted.wandb_run_id}")
             return
-        yield from self._api.runs(self.path, {"group": self.group or sweep})
+        yield from self._api.runs(self.path)
 
     def listing(self, run_id: str) -> Listing:
         """Its files: those of the run itself, and of its newest checkpoint."""
@@ -188,7 +188,6 @@ def fetch(
     wanted: Wanted,
     path: str,
     *,
-    group: str | None,
     data_dir: Path,
     overwrite: bool,
     say: Callable[[str], None],
@@ -202,7 +201,7 @@ def fetch(
     what = wanted.wandb_run_id or wanted.run_id or f"sweep {wanted.sweep}"
     check = f"Check the id, the key, and its access to project {path}; what has arrived whole is kept."
     try:
-        source = WandbSource(wanted, path, group)
+        source = WandbSource(wanted, path)
         arrived = arrivals.fetch_sweep(source, wanted.sweep, data_dir=data_dir, overwrite=overwrite, say=say)
     except SweeperError:
         raise
@@ -229,7 +228,7 @@ def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, o
     entity, project = wanted.entity or settings.entity, wanted.project or project_of(settings)
     path = f"{entity}/{project}" if entity else project
     name = wanted.wandb_run_id or wanted.run_id or wanted.sweep
-    arguments = [name, path, settings.group or "", os.path.abspath(data_dir), str(int(overwrite))]
+    arguments = [name, path, os.path.abspath(data_dir), str(int(overwrite))]
     argv = [sys.executable, "-P", "-m", "sweeper.tracking.wandb_source", *arguments]
     with tempfile.TemporaryDirectory(prefix="sweeper-fetch-") as scratch:  # the client leaves some behind
         env = {**environment(), "TMPDIR": scratch}
@@ -242,12 +241,12 @@ def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, o
 
 def main(arguments: list[str]) -> int:
     """Do what `fetch_in_child` was asked for; the last line on stdout is the answer."""
-    name, path, group, data_dir, overwrite = arguments
+    name, path, data_dir, overwrite = arguments
     os.environ["WANDB_SILENT"] = "true"
     try:
         wanted = Wanted.parse(name)
         arrived = fetch(
-            wanted, path, group=group or None, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say
+            wanted, path, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say
         )  # fmt: skip
     except SweeperError as error:
         print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)

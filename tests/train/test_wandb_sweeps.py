@@ -276,7 +276,7 @@ def test_a_run_goes_on_on_a_machine_that_has_nothing_but_wandb(tmp_path: Path, s
 
     common = (
         "sweep.n_trials=3", "trainer.epochs=5", "tracking.wandb.upload_checkpoints=last",
-        "+trainer.token=${oc.env:HF_TOKEN}",
+        "+trainer.token=${oc.env:HF_TOKEN}", "+tracking.wandb.group=mine",
     )  # fmt: skip
     there = Sweep(tmp_path / "a", server, more={"GATED_FROM": "1", "HF_TOKEN": CANARY})
     there.open_gate(25)
