@@ -302,6 +302,8 @@ def last_step(path: Path) -> int | None:
             if row is not None and isinstance(step := row[STEP], int) and 0 <= step < MAX_STEP:
                 return step
             end = start
+    except OSError:  # no reason to give up a training for
+        return None
     finally:
         os.close(fd)
     return None
