@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from sweeper import checkpoints, fsops, images, processes, rundir
 from sweeper.errors import CheckpointRefused, ConfigError, Released, SweeperError
@@ -45,6 +45,9 @@ _POINTER = f"{rundir.CHECKPOINTS_DIR}/{checkpoints.POINTER}"
 _LOG_NAME = re.compile(rf"{rundir.LOGS_DIR}/attempt_[0-9]{{4,8}}\.log\Z")
 _STEP_FILE = re.compile(rf"{rundir.CHECKPOINTS_DIR}/(step_[0-9]{{8,12}})/([^/]+)\Z")
 _LOCK_FILE = ".arrivals.lock"
+
+
+_T = TypeVar("_T")
 
 
 class Unsafe(SweeperError):
@@ -125,6 +128,23 @@ class Arrival:
         )
         did = f"fetched ({far})" if self.is_new else f"kept as it is here ({far})"
         return f"{self.run_id}: {did}"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a source has of one run, of which nothing is put in place yet.
+
+    Attributes:
+        is_wanted: It would be fetched; else what is here already is at least as far.
+        standing: As the source tells of it; no checkpoint was looked into.
+        config: Its configuration.
+    """
+
+    run_id: str
+    is_wanted: bool
+    standing: Standing
+    size_bytes: int
+    config: dict[str, Any]
 
 
 # --- what is taken -------------------------------------------------------------------------
@@ -269,23 +289,46 @@ def fetch_sweep(
         ConfigError: A directory here stands in the way.
         SweeperError: There are runs, and all of them were left out; or the source cannot be read.
     """
-    arrived: list[Arrival] = []
+
+    def fetch(run_id: str) -> Arrival:
+        arrival = fetch_run(
+            source, run_id, sweep=sweep, data_dir=data_dir, overwrite=overwrite, num_checkpoints=num_checkpoints
+        )  # fmt: skip
+        for text in (str(arrival), *(f"{run_id}: {note}" for note in arrival.notes)):
+            say(text)
+        return arrival
+
+    return _each(source, sweep, fetch, say)
+
+
+def look_at_sweep(source: Source, sweep: str, *, data_dir: Path) -> list[Offer]:
+    """What `fetch_sweep` would find: nothing is put in place, and no weights are read.
+
+    Raises:
+        ConfigError, SweeperError: As `fetch_sweep` would, as far as that can be told already.
+    """
+
+    def look(run_id: str) -> Offer:
+        return _receive(source, run_id, sweep, data_dir, lambda incoming, target: incoming.look(target))
+
+    offers = _each(source, sweep, look, lambda text: None)
+    _need_room(f"sweep {sweep}", sum(offer.size_bytes for offer in offers if offer.is_wanted), data_dir)
+    return offers
+
+
+def _each(source: Source, sweep: str, act: Callable[[str], _T], say: Callable[[str], None]) -> list[_T]:
+    """Act on each run of a sweep. Raises what the last one that was left out had, if none is left."""
+    found: list[_T] = []
     refused: SweeperError | None = None
     for run_id in sorted(source.run_ids(sweep)):
         try:
-            arrival = fetch_run(
-                source, run_id, sweep=sweep, data_dir=data_dir, overwrite=overwrite, num_checkpoints=num_checkpoints
-            )  # fmt: skip
+            found.append(act(run_id))
         except (Damaged, Unsafe) as error:
             refused = error
             say(f"run {run_id[:100]} is left out: {error}")
-            continue
-        arrived.append(arrival)
-        for text in (str(arrival), *(f"{run_id}: {note}" for note in arrival.notes)):
-            say(text)
-    if refused is not None and not arrived:
+    if refused is not None and not found:
         raise refused
-    return arrived
+    return found
 
 
 def fetch_run(
@@ -313,6 +356,16 @@ def fetch_run(
         Released: Somebody else is fetching into this data directory.
         OSError, SweeperError: The source cannot be read.
     """
+    return _receive(
+        source, run_id, sweep, data_dir,
+        lambda incoming, target: incoming.receive(target, overwrite=overwrite, num_checkpoints=num_checkpoints),
+    )  # fmt: skip
+
+
+def _receive(
+    source: Source, run_id: str, sweep: str | None, data_dir: Path, act: Callable[[_Incoming, Path], _T]
+) -> _T:
+    """List a run and act on it, in a private directory beside its place; anew when files have gone."""
     match = rundir.RUN_ID.match(run_id)
     if not match or sweep not in (None, match[1]):
         raise Unsafe(f"{run_id[:100]!r} is not the id of a run of {'any sweep' if sweep is None else sweep}")
@@ -323,8 +376,7 @@ def fetch_run(
             private = fsops.temporary_name(target)
             fsops.make_dir(private)
             try:
-                incoming = _Incoming(source, run_id, source.listing(run_id), private / run_id)
-                return incoming.receive(target, overwrite=overwrite, num_checkpoints=num_checkpoints)
+                return act(_Incoming(source, run_id, source.listing(run_id), private / run_id), target)
             except Gone:
                 if not remaining:
                     raise
@@ -372,19 +424,10 @@ class _Incoming:
 
     def receive(self, target: Path, *, overwrite: bool, num_checkpoints: int | None) -> Arrival:
         """Fetch, check, and put in place."""
-        self._names, strange = check_names(self.run_id, self.listing.files)
-        self.notes += [f"{name} is left out: no run directory has such a file" for name in strange[:10]]
-        self._need_room()
-        for directory in (self.directory, self.root, self.directory / rundir.LOGS_DIR):
-            fsops.make_dir(directory)
-        identity = self._identity()
-        manifests = self._manifests(identity)
-        epoch = max([self.listing.lease_epoch, *(manifest.lease_epoch for manifest in manifests.values())])
-        state = self._state(epoch)
-        newest = next((manifest.step for manifest in manifests.values()), None)
+        offered, manifests, state = self._offered()
+        identity, epoch = offered.identity, offered.lease_epoch
         # INVARIANT: what is here already is read before it is judged, and nothing of it is touched until then.
         here = standing_of(target)
-        offered = Standing(identity, epoch, state is not None, newest)
         if (verdict := self._judge(here, offered, target, overwrite)) is Verdict.KEEP:
             assert here is not None
             return Arrival(self.run_id, target, False, here.step, here.is_final, tuple(self.notes))
@@ -399,13 +442,35 @@ class _Incoming:
         self._put_in_place(target, is_taken=verdict is Verdict.REPLACE)
         return Arrival(self.run_id, target, True, step, state is not None, tuple(self.notes))
 
+    def look(self, target: Path) -> Offer:
+        """Fetch what is needed to judge, and judge; nothing is put in place."""
+        offered, _, _ = self._offered()
+        verdict = self._judge(standing_of(target), offered, target, overwrite=False)
+        assert offered.identity is not None
+        config = rundir.read_config(self.directory, offered.identity.config_digest)
+        return Offer(self.run_id, verdict is not Verdict.KEEP, offered, self._size_bytes, config)
+
+    def _offered(self) -> tuple[Standing, dict[str, Manifest], State | None]:
+        """How far the source is, the manifests there, and the final state."""
+        self._names, strange = check_names(self.run_id, self.listing.files)
+        self.notes += [f"{name} is left out: no run directory has such a file" for name in strange[:10]]
+        _need_room(f"run {self.run_id}", self._size_bytes, self.directory.parent)
+        for directory in (self.directory, self.root, self.directory / rundir.LOGS_DIR):
+            fsops.make_dir(directory)
+        identity = self._identity()
+        manifests = self._manifests(identity)
+        epoch = max([self.listing.lease_epoch, *(manifest.lease_epoch for manifest in manifests.values())])
+        state = self._state(epoch)
+        newest = next((manifest.step for manifest in manifests.values()), None)
+        return Standing(identity, epoch, state is not None, newest), manifests, state
+
     def _judge(self, here: Standing | None, offered: Standing, target: Path, overwrite: bool) -> Verdict:
         verdict, reason = decide(here, offered, overwrite=overwrite)
         if verdict is Verdict.REFUSE:
             raise ConfigError(
                 f"{target} is in the way of run {self.run_id} from {self.source.name}",
                 why=reason,
-                do="Use another data_dir=, move the directory away, or, with resume_from_wandb, move it aside by resume.overwrite=true. Nothing was changed.",
+                do="Use another data_dir=, move the directory away, or, with resume_from_wandb, move it aside by resume.overwrite=true. It was not touched.",
             )
         if verdict is Verdict.REPLACE and (owner := rundir.read_owner(target)) is not None:
             if processes.proof_of_death(owner) is None:
@@ -526,14 +591,9 @@ class _Incoming:
 
     # --- one file ------------------------------------------------------------------------------
 
-    def _need_room(self) -> None:
-        needed = sum(self.listing.files[name].size_bytes or 0 for name in self._names)
-        free = shutil.disk_usage(self.directory.parent).free
-        if needed > free:
-            raise ConfigError(
-                f"run {self.run_id} has {needed} bytes, and the disk has room for {free}",
-                do="Free some space, or name another place with data_dir=.",
-            )
+    @property
+    def _size_bytes(self) -> int:
+        return sum(self.listing.files[name].size_bytes or 0 for name in self._names)
 
     def _try_to_take(self, name: str, *, limit_bytes: int) -> str:
         try:
@@ -568,6 +628,15 @@ class _Incoming:
             fsops.fsync_dir(aside)
         fsops.rename(self.directory, target)
         fsops.fsync_dir(target.parent)
+
+
+def _need_room(what: str, size_bytes: int, directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if size_bytes > free:
+        raise ConfigError(
+            f"{what} has {size_bytes} bytes, and the disk has room for {free}",
+            do="Free some space, or name another place with data_dir=.",
+        )
 
 
 def _check_manifest(manifest: Manifest, identity: Identity, directory: str, files: Sequence[str]) -> None:

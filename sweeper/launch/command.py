@@ -281,7 +281,30 @@ def _join_copy(settings: Settings) -> list[str]:
             print(f"[MIRROR] mirror.url is not given: the copy {token.url} is not kept up", file=sys.stderr)
         return []
 
-    return joining.in_child("join", url, name, data_dir=settings.data_dir)
+    terms = joining.Terms(
+        settings.new.config,
+        _known_runs(settings),
+        settings.new.config["resume"]["mode"] == "must" and settings.resume_from_wandb is None,
+    )
+    return joining.in_child("join", url, name, data_dir=settings.data_dir, terms=terms)
+
+
+def _known_runs(settings: Settings) -> list[str] | None:
+    """The runs of the sweep in the database, which is one that can be used; None when it does not know the sweep.
+
+    Raises:
+        ConfigError: It cannot be used, or knows a sweep of another definition.
+    """
+    create_database(settings.storage, allow_network_file_system=settings.allow_network_file_system)
+    store = Store(settings.storage, allow_network_file_system=settings.allow_network_file_system)
+    try:
+        found = store.find_sweep(settings.new.name)
+        if found is None:
+            return None
+        _refuse_changed(found, settings.new.config)
+        return [run.run_id for run in store.runs(found.sweep_id)]
+    finally:
+        store.close()
 
 
 def _fetch_from_wandb(settings: Settings) -> list[str]:
@@ -358,15 +381,19 @@ def _refuse_foreign_directories(settings: Settings) -> None:
         )
 
 
-def _continue(store: Store, found: Sweep, settings: Settings, config: dict[str, Any]) -> None:
+def _refuse_changed(found: Sweep, config: dict[str, Any]) -> None:
     from sweeper.launch.settings import differences
 
-    new = settings.new
     if changed := differences(found.config, config):
         raise ConfigError(
-            f"sweep {new.name!r} exists with another definition ({'; '.join(changed)})",
+            f"sweep {found.name!r} exists with another definition ({'; '.join(changed)})",
             do="Launch it as it was, or choose another name with sweep.name=.",
         )
+
+
+def _continue(store: Store, found: Sweep, settings: Settings, config: dict[str, Any]) -> None:
+    new = settings.new
+    _refuse_changed(found, config)
     n_trials = found.n_trials if settings.is_one_run else max(new.n_trials, found.n_trials)
     if new.n_trials < found.n_trials:
         print(

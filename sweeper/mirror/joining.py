@@ -1,4 +1,7 @@
-"""What a launch does about the copy: claim it, fetch what this data directory lacks, or refuse."""
+"""What a launch does about the copy: claim it, fetch what this data directory lacks, or refuse.
+
+INVARIANT: whatever can refuse comes before the claim. Who claims ends the machine that works.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from sweeper import arrivals
+from sweeper import arrivals, rundir
 from sweeper.companion import environment
-from sweeper.errors import EXIT_INTERRUPTED, EXIT_OK, Released, SweeperError
+from sweeper.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, NotWell, Released, SweeperError
 from sweeper.mirror import generations
 from sweeper.mirror.bucket import Bucket
 from sweeper.mirror.copier import Copy
@@ -23,7 +27,24 @@ from sweeper.mirror.generations import Generation, Step, Token
 _LOCK_FILE = ".mirror.lock"
 
 
-def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a launch asks of a copy before it is claimed.
+
+    Attributes:
+        config: Of the launch; the sweep that is copied must have the same definition.
+        known: The runs that its database knows of; None when it does not know the sweep.
+        must_resume: The launch is for nothing when no run goes on.
+    """
+
+    config: dict[str, Any]
+    known: list[str] | None = None
+    must_resume: bool = False
+
+
+def join(
+    url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None], terms: Terms | None = None
+) -> list[str]:
     """Make the copy of a sweep this data directory's, and fetch the runs that it holds.
 
     Safe to repeat after a crash at any point: what was claimed stays claimed, what was fetched is kept.
@@ -33,13 +54,16 @@ def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) ->
         sweep: Its name.
         data_dir: Where the runs go.
         say: Takes texts for people.
+        terms: What the copy must be like to be claimed.
 
     Returns:
         The runs that have arrived now.
 
     Raises:
         Fenced: Another machine holds a newer generation, or has just claimed this one.
-        ConfigError: The store cannot be used, or a directory here stands in the way.
+        ConfigError: The store cannot be used, a directory here stands in the way, or the copy is of a sweep
+            with another definition. The copy is whose it was.
+        NotWell: No run would go on, and one must.
         Released: The store does not answer, or another launch is at it.
     """
     with _exclusively(data_dir / "sweep" / sweep):
@@ -47,7 +71,7 @@ def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) ->
         if token is not None and token.url != url:
             say(f"this data directory was copied to {token.url} before")
         try:
-            token = _hold(url, sweep, token, data_dir=data_dir, say=say)
+            token = _hold(url, sweep, token, data_dir=data_dir, say=say, terms=terms)
         except OSError as error:
             if token is not None and token.url == url and token.is_restored:
                 say(f"the copy {url} cannot be reached ({error}); its generation is looked at again later")
@@ -60,7 +84,15 @@ def join(url: str, sweep: str, *, data_dir: Path, say: Callable[[str], None]) ->
         return [] if token.is_restored else _fetch(url, token, data_dir=data_dir, say=say)
 
 
-def _hold(url: str, sweep: str, token: Token | None, *, data_dir: Path, say: Callable[[str], None]) -> Token:
+def _hold(
+    url: str,
+    sweep: str,
+    token: Token | None,
+    *,
+    data_dir: Path,
+    say: Callable[[str], None],
+    terms: Terms | None,
+) -> Token:
     bucket = Bucket.open(url, sweep)
     bucket.probe()
     newest = generations.newest(bucket)
@@ -70,12 +102,55 @@ def _hold(url: str, sweep: str, token: Token | None, *, data_dir: Path, say: Cal
     if step is Step.GO_ON:
         assert token is not None
         return token
+    offers = arrivals.look_at_sweep(Copy(bucket, url), sweep, data_dir=data_dir)
+    if terms is not None:
+        _check_terms(terms, sweep, offers, url=url, data_dir=data_dir)
     number = 1 if newest is None else newest.number + 1
     say(_announce(sweep, newest, number, url=url))
     mine = generations.claim(bucket, number)
     held = Token(url, sweep, number, mine.token, is_restored=False)
     generations.write_token(data_dir, held)
     return held
+
+
+def _check_terms(
+    terms: Terms, sweep: str, offers: Sequence[arrivals.Offer], *, url: str, data_dir: Path
+) -> None:
+    """Refuse what the launch would refuse once the runs are here. Raises ConfigError or NotWell."""
+    if changed := _changes(terms.config, offers, url):
+        raise ConfigError(
+            f"the copy {url} is of a sweep {sweep!r} with another definition ({'; '.join(changed)})",
+            do="Launch it as it was, or choose another name with sweep.name=. The copy was not claimed.",
+        )
+    wanted = [offer for offer in offers if offer.is_wanted]
+    known = terms.known
+    if known is not None and (strange := [o.run_id for o in wanted if o.run_id not in known]):
+        raise ConfigError(
+            f"the database knows sweep {sweep!r}, but not {strange[0]} of the copy {url}",
+            do="Launch with a fresh data directory (data_dir=…), or another database (storage.url=…). "
+            "The copy was not claimed.",
+        )
+    if terms.must_resume:
+        here = [arrivals.standing_of(run_dir) for run_dir in rundir.run_dirs(data_dir, sweep)]
+        standings = [*here, *(offer.standing for offer in wanted)]
+        if not any(s is not None and s.step is not None and not s.is_final for s in standings):
+            raise NotWell(
+                f"neither the copy {url} nor {data_dir} has an incomplete run of sweep {sweep!r} with a checkpoint",
+                why="resume.mode=must",
+                do="Launch with resume.mode=auto to go on anyway. The copy was not claimed.",
+            )
+
+
+def _changes(config: dict[str, Any], offers: Sequence[arrivals.Offer], url: str) -> list[str]:
+    """How the definition differs from that of the newest run whose configuration is one. Raises Damaged."""
+    from sweeper.launch.settings import differences
+
+    for offer in sorted(offers, key=lambda offer: (len(offer.run_id), offer.run_id), reverse=True):
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            return differences(offer.config, config)
+    if offers:
+        raise rundir.Damaged(f"the copy {url} has no run with the configuration of a sweep")
+    return []
 
 
 def _announce(sweep: str, newest: Generation | None, number: int, *, url: str) -> str:
@@ -132,7 +207,7 @@ def _exclusively(sweep_dir: Path) -> Iterator[None]:
 # --- in a process of its own -------------------------------------------------------------------
 
 
-def in_child(verb: str, url: str, sweep: str, *, data_dir: Path) -> list[str]:
+def in_child(verb: str, url: str, sweep: str, *, data_dir: Path, terms: Terms | None = None) -> list[str]:
     """`join` or `check` in a child: clients of stores start threads, and a launcher that forks must have none.
 
     Returns:
@@ -142,7 +217,10 @@ def in_child(verb: str, url: str, sweep: str, *, data_dir: Path) -> list[str]:
         SystemExit: It failed and has said why; with its exit code.
     """
     argv = [sys.executable, "-P", "-m", "sweeper.mirror.joining", verb, url, sweep, os.path.abspath(data_dir)]
-    child = subprocess.run(argv, stdout=subprocess.PIPE, env=environment(), check=False)
+    told = json.dumps(terms and asdict(terms))
+    child = subprocess.run(
+        argv, input=told, encoding="utf-8", stdout=subprocess.PIPE, env=environment(), check=False
+    )
     if child.returncode != EXIT_OK:
         raise SystemExit(child.returncode if child.returncode > 0 else 1)
     arrived: list[str] = json.loads(child.stdout)
@@ -157,7 +235,9 @@ def main(arguments: list[str]) -> int:
         if verb == "check":
             check(url, sweep, data_dir=Path(data_dir))
         else:
-            arrived = join(url, sweep, data_dir=Path(data_dir), say=_say)
+            told = json.loads(sys.stdin.buffer.read())
+            terms = None if told is None else Terms(**told)
+            arrived = join(url, sweep, data_dir=Path(data_dir), say=_say, terms=terms)
     except SweeperError as error:
         print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -96,6 +96,26 @@ def test_a_machine_that_comes_back_stops_itself(places: Places, calm: Machine, t
     assert newest.number == 2
 
 
+def test_a_launch_that_is_refused_stops_nobody(places: Places, tmp_path: Path) -> None:
+    a = places.a
+    a.open_gate(12)
+    launch = a.launch()
+    until(lambda: list(copied_steps(places.bucket).values()) == [10, 10], "two runs were copied", log=a.log)
+    places.b.finish(places.b.launch("trainer.epochs=4"), 78)
+    assert "trainer.epochs: 3 → 4" in places.b.log.read_text()
+    places.b.finish(places.b.launch("storage.url=sqlite:////proc/none/x.db"), 78)
+    other = Machine(tmp_path / "other")
+    other.finish(other.launch("sweep.seed=7", "trainer.epochs=1", n_trials=1))
+    other.url = places.url
+    other.finish(other.launch("sweep.seed=7", "trainer.epochs=1", n_trials=1), 78)
+    assert "in the way" in other.log.read_text()
+    newest = generations.newest(places.bucket)
+    assert newest is not None
+    assert newest.number == 1
+    a.open_gate(10**9)
+    a.finish(launch)
+
+
 def test_a_store_that_is_away_for_the_whole_run_costs_nothing_but_the_copy(
     places: Places, calm: Machine, tmp_path: Path
 ) -> None:

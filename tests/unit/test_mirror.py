@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -10,18 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import arriving
 import pytest
 from arriving import add_checkpoint, make_run, tree
 from fsspec.implementations.memory import MemoryFileSystem
 
 from sweeper import arrivals, rundir
 from sweeper.checkpoints import steps_on_disk
-from sweeper.errors import ConfigError, Fenced, Released
+from sweeper.errors import ConfigError, Fenced, NotWell, Released
+from sweeper.manifests import digest
 from sweeper.mirror import generations, indexes, joining
 from sweeper.mirror.bucket import Bucket
 from sweeper.mirror.copier import Copier, Copy, Overtaken, Subject
 from sweeper.mirror.generations import Generation, Step, Token
 from sweeper.mirror.indexes import Entry, Index, Writer
+from sweeper.mirror.joining import Terms
 from sweeper.mirror.settings import MirrorSettings, check_url
 
 RUN = "simple.r.00000"
@@ -579,7 +583,7 @@ def test_a_launch_that_died_while_fetching_goes_on(
     download = Bucket.download
 
     def fail(self: Bucket, name: str, target: Path, *, limit_bytes: int) -> None:
-        if "r.00001" in name:
+        if "r.00001" in name and generations.read_token(here, "simple") is not None:
             raise OSError("cut off")
         download(self, name, target, limit_bytes=limit_bytes)
 
@@ -600,9 +604,69 @@ def test_a_directory_of_another_sweep_is_in_the_way(
 ) -> None:
     launch(url, there)
     copier(folder).copy(subject(make_run(there)))
-    make_run(here, seed=2)
+    foreign = tree(make_run(here, seed=2))
     with pytest.raises(ConfigError, match="in the way"):
         launch(url, here)
+    assert not_claimed(folder, here)
+    assert tree(here / rundir.relative_path("simple", 0)) == foreign
+    copier(folder).copy(subject(there / rundir.relative_path("simple", 0)))
+
+
+def not_claimed(bucket: Bucket, data_dir: Path) -> bool:
+    """Whether the copy is still its first owner's."""
+    newest = generations.newest(bucket)
+    assert newest is not None
+    return newest.number == 1 and generations.read_token(data_dir, "simple") is None
+
+
+def test_a_directory_that_was_copied_elsewhere_and_lags_is_in_the_way(
+    url: str, folder: Bucket, there: Path, here: Path
+) -> None:
+    launch(f"{url}2", here)
+    make_run(here, steps=(10,))
+    launch(url, there)
+    copier(folder).copy(subject(make_run(there)))
+    with pytest.raises(ConfigError, match="not as far"):
+        launch(url, here)
+    newest = generations.newest(folder)
+    assert newest is not None
+    assert newest.number == 1
+
+
+def definition(epochs: int) -> dict[str, Any]:
+    sweep = {"seed": 1, "metric": "loss", "direction": "minimize", "params": {}}
+    return {
+        "sweep": sweep,
+        "trainer": {"epochs": epochs},
+        "sampler": {"_target_": "optuna.samplers.TPESampler"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("terms", "error", "match"),
+    [
+        (Terms(definition(51)), ConfigError, "trainer.epochs: 50 → 51"),
+        (Terms(definition(50), known=["simple.r.00007"]), ConfigError, "the database knows sweep"),
+        (Terms(definition(50), must_resume=True), NotWell, "resume.mode=must"),
+        (Terms(definition(50)), None, ""),
+        (Terms(definition(50), known=[RUN]), None, ""),
+    ],
+)
+def test_what_a_launch_would_refuse_it_refuses_before_it_claims(
+    url: str, folder: Bucket, there: Path, here: Path, monkeypatch: pytest.MonkeyPatch,
+    terms: Terms, error: type[Exception] | None, match: str,
+) -> None:  # fmt: skip
+    launch(url, there)
+    config = json.dumps(definition(50)).encode()
+    monkeypatch.setattr(arriving, "CONFIG", config)
+    copier(folder).copy(subject(make_run(there, steps=(), config_digest=digest(config))))
+    if error is None:
+        assert joining.join(url, "simple", data_dir=here, say=lambda text: None, terms=terms) == [RUN]
+        return
+    with pytest.raises(error, match=match):
+        joining.join(url, "simple", data_dir=here, say=lambda text: None, terms=terms)
+    assert not_claimed(folder, here)
+    assert next(rundir.run_dirs(here, "simple"), None) is None
 
 
 def test_a_store_that_does_not_answer_stops_only_a_first_launch(
