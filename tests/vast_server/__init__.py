@@ -128,6 +128,7 @@ class Box:
             **{name: value for name, value in self.body["env"].items() if not name.startswith("-")}, **more,
         }  # fmt: skip
         self.actual, self.state, self.num_starts = "running", "running", self.num_starts + 1
+        self.is_heard = False
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 ["bash", str(script)], cwd=self.folder, env=environment, stdin=subprocess.DEVNULL,
