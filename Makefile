@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PYTHON) slurm/testbed/install || echo "no SLURM: the tests that need one are skipped, and say why"
-	$(PYTEST) -p no:cacheprovider
+	$(PYTEST) -n 3 --dist worksteal -p no:cacheprovider
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check sweeper train conf tests bench examples slurm
