@@ -335,8 +335,8 @@ def test_200_workers_share_fewer_connections(
     first.rest()
 
     def work(number: int) -> None:
-        store = Store(own_server.url)
-        store.ttl_s = 180.0  # on a busy machine the last of them waits longer than two thirds of a minute
+        # On a busy machine the last of them waits longer than two thirds of a minute.
+        store = Store(own_server.url, ttl_s=180.0)
         claim = sweeps.must_draw(store, sweep, worker=f"w:{number}")
         store.rest()
         store.record_checkpoint(claim.lease, step=1)
