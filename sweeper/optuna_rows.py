@@ -179,10 +179,12 @@ def first_waiting(connection: Connection, study_id: int) -> int | None:
         return None
     # Whatever is asked for gets the largest number; a look at the last one spares a look at all.
     last = f"SELECT {asked_for} {waiting} ORDER BY t.number DESC LIMIT 1"
-    if execute(connection, last, s=study_id).scalar_one():
-        first = execute(
+    # PostgreSQL shows each statement what is committed by then: others may have drawn the last meanwhile.
+    if execute(connection, last, s=study_id).scalar():
+        asked: int | None = execute(
             connection, f"SELECT min(t.number) {waiting} AND {asked_for}", s=study_id
         ).scalar_one()
+        return first if asked is None else asked
     return first
 
 
