@@ -8,7 +8,6 @@ against its manifest; that the manifest is of this run, against run.json.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -389,20 +388,12 @@ def _receive(
 @contextlib.contextmanager
 def _exclusively(runs_dir: Path) -> Iterator[None]:
     """One fetching process a sweep. What a crash left of an earlier one is removed."""
-    fd = os.open(runs_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Released(
-                f"somebody else is fetching runs into {runs_dir}", do="Wait for it, or end it."
-            ) from None
+    busy = Released(f"somebody else is fetching runs into {runs_dir}", do="Wait for it, or end it.")
+    with fsops.held(runs_dir / _LOCK_FILE, busy=busy):
         for name in os.listdir(runs_dir):
             if fsops.is_temporary(name):
                 fsops.remove_tree(runs_dir / name)
         yield
-    finally:
-        os.close(fd)
 
 
 @dataclass(slots=True)

@@ -7,10 +7,11 @@ raises OSError and leaves what was there before in place.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -102,6 +103,23 @@ def create(path: Path, data: bytes) -> None:
         raise
     unlink(temporary, missing_ok=True)
     fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def held(path: Path, *, busy: Exception) -> Iterator[None]:
+    """Hold the file as a lock, created if it is not there; raise `busy` at once when another process does.
+
+    The kernel gives it back when this process ends, however that is.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def temporary_name(path: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import select
 import sys
 import time
@@ -13,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import costs, rundir
+from sweeper import costs, fsops, rundir
 from sweeper.errors import EXIT_NOT_WELL, EXIT_OK, NotWell
 from sweeper.reading import Reading
 from sweeper.report import rows
@@ -73,17 +71,9 @@ def _exclusively(sweep_dir: Path) -> Iterator[None]:
     if not sweep_dir.is_dir():
         yield  # not one row to send
         return
-    fd = os.open(sweep_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise NotWell(
-                f"another sync of sweep {sweep_dir.name} is running", do="Wait for it; nothing was sent."
-            ) from None
+    busy = NotWell(f"another sync of sweep {sweep_dir.name} is running", do="Wait for it; nothing was sent.")
+    with fsops.held(sweep_dir / _LOCK_FILE, busy=busy):
         yield
-    finally:
-        os.close(fd)
 
 
 def _sync_sweep(

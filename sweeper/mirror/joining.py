@@ -6,19 +6,16 @@ INVARIANT: whatever can refuse comes before the claim. Who claims ends the machi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sweeper import arrivals, rundir
-from sweeper.companion import environment
-from sweeper.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, NotWell, Released, SweeperError
+from sweeper import arrivals, errands, fsops, rundir
+from sweeper.errors import ConfigError, NotWell, Released
 from sweeper.mirror import generations
 from sweeper.mirror.bucket import Bucket
 from sweeper.mirror.copier import Copy
@@ -191,24 +188,16 @@ def check(url: str, sweep: str, *, data_dir: Path) -> None:
 def _exclusively(sweep_dir: Path) -> Iterator[None]:
     """One launch a data directory at a time: two would claim one generation each."""
     os.makedirs(sweep_dir, mode=0o700, exist_ok=True)
-    fd = os.open(sweep_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Released(
-                f"another launch is fetching into {sweep_dir}", do="Wait for it, or end it."
-            ) from None
+    busy = Released(f"another launch is fetching into {sweep_dir}", do="Wait for it, or end it.")
+    with fsops.held(sweep_dir / _LOCK_FILE, busy=busy):
         yield
-    finally:
-        os.close(fd)
 
 
 # --- in a process of its own -------------------------------------------------------------------
 
 
 def in_child(verb: str, url: str, sweep: str, *, data_dir: Path, terms: Terms | None = None) -> list[str]:
-    """`join` or `check` in a child: clients of stores start threads, and a launcher that forks must have none.
+    """`join` or `check` in a child.
 
     Returns:
         The runs that have arrived.
@@ -216,35 +205,21 @@ def in_child(verb: str, url: str, sweep: str, *, data_dir: Path, terms: Terms | 
     Raises:
         SystemExit: It failed and has said why; with its exit code.
     """
-    argv = [sys.executable, "-P", "-m", "sweeper.mirror.joining", verb, url, sweep, os.path.abspath(data_dir)]
-    told = json.dumps(terms and asdict(terms))
-    child = subprocess.run(
-        argv, input=told, encoding="utf-8", stdout=subprocess.PIPE, env=environment(), check=False
-    )
-    if child.returncode != EXIT_OK:
-        raise SystemExit(child.returncode if child.returncode > 0 else 1)
-    arrived: list[str] = json.loads(child.stdout)
+    arrived: list[str] = errands.send(
+        "sweeper.mirror.joining", verb, url, sweep, os.path.abspath(data_dir), told=json.dumps(terms and asdict(terms))
+    )  # fmt: skip
     return arrived
 
 
-def main(arguments: list[str]) -> int:
-    """Do what `in_child` was asked for; the last line on stdout is the answer."""
+def _answer(arguments: list[str]) -> list[str]:
+    """Do what `in_child` was asked for."""
     verb, url, sweep, data_dir = arguments
-    arrived: list[str] = []
-    try:
-        if verb == "check":
-            check(url, sweep, data_dir=Path(data_dir))
-        else:
-            told = json.loads(sys.stdin.buffer.read())
-            terms = None if told is None else Terms(**told)
-            arrived = join(url, sweep, data_dir=Path(data_dir), say=_say, terms=terms)
-    except SweeperError as error:
-        print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    print(json.dumps(arrived))
-    return EXIT_OK
+    if verb == "check":
+        check(url, sweep, data_dir=Path(data_dir))
+        return []
+    told = json.loads(sys.stdin.buffer.read())
+    terms = None if told is None else Terms(**told)
+    return join(url, sweep, data_dir=Path(data_dir), say=_say, terms=terms)
 
 
 def _say(text: str) -> None:
@@ -252,6 +227,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)  # a client's threads may hang
+    errands.answer(lambda: _answer(sys.argv[1:]))

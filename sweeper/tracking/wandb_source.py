@@ -10,10 +10,8 @@ own: the client starts threads, and a launcher that forks must have none.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper import arrivals, fsops, rundir
+from sweeper import arrivals, errands, fsops, rundir
 from sweeper.arrivals import Gone, Listed, Listing
-from sweeper.companion import environment
-from sweeper.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, NotFound, SweeperError
+from sweeper.errors import ConfigError, NotFound, SweeperError
 from sweeper.tracking.messages import WandbSettings
 from sweeper.tracking.wandb_sink import project_of
 
@@ -229,32 +226,18 @@ def fetch_in_child(wanted: Wanted, settings: WandbSettings, *, data_dir: Path, o
     path = f"{entity}/{project}" if entity else project
     name = wanted.wandb_run_id or wanted.run_id or wanted.sweep
     arguments = [name, path, os.path.abspath(data_dir), str(int(overwrite))]
-    argv = [sys.executable, "-P", "-m", "sweeper.tracking.wandb_source", *arguments]
     with tempfile.TemporaryDirectory(prefix="sweeper-fetch-") as scratch:  # the client leaves some behind
-        env = {**environment(), "TMPDIR": scratch}
-        child = subprocess.run(argv, stdout=subprocess.PIPE, env=env, check=False)
-    if child.returncode != EXIT_OK:
-        raise SystemExit(child.returncode if child.returncode > 0 else 1)
-    arrived: list[str] = json.loads(child.stdout.splitlines()[-1])
+        module, variables = "sweeper.tracking.wandb_source", {"TMPDIR": scratch, "WANDB_SILENT": "true"}
+        arrived: list[str] = errands.send(module, *arguments, variables=variables)
     return arrived
 
 
-def main(arguments: list[str]) -> int:
-    """Do what `fetch_in_child` was asked for; the last line on stdout is the answer."""
+def _answer(arguments: list[str]) -> list[str]:
+    """Do what `fetch_in_child` was asked for."""
     name, path, data_dir, overwrite = arguments
-    os.environ["WANDB_SILENT"] = "true"
-    try:
-        wanted = Wanted.parse(name)
-        arrived = fetch(
-            wanted, path, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say
-        )  # fmt: skip
-    except SweeperError as error:
-        print(f"sweeper: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    print(json.dumps(arrived))
-    return EXIT_OK
+    return fetch(
+        Wanted.parse(name), path, data_dir=Path(data_dir), overwrite=bool(int(overwrite)), say=_say
+    )  # fmt: skip
 
 
 def _say(text: str) -> None:
@@ -262,6 +245,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)  # a client's threads may hang
+    errands.answer(lambda: _answer(sys.argv[1:]))

@@ -7,7 +7,6 @@ is rented can be found again, whenever a launcher dies. Holds no secret: it name
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -147,15 +146,9 @@ def path_of(data_dir: Path, sweep: str) -> Path:
 def held(path: Path) -> Iterator[None]:
     """Be the only launcher of a ledger. Raises ConfigError when there is another on this machine."""
     os.makedirs(path.parent, mode=0o700, exist_ok=True)
-    fd = os.open(path.with_name("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another launcher follows {path.parent.parent.name} on VastAI",
-                do="Leave it to that one, or end it; its instance goes on meanwhile.",
-            ) from error
+    busy = ConfigError(
+        f"another launcher follows {path.parent.parent.name} on VastAI",
+        do="Leave it to that one, or end it; its instance goes on meanwhile.",
+    )
+    with fsops.held(path.with_name("lock"), busy=busy):
         yield
-    finally:
-        os.close(fd)
