@@ -84,7 +84,7 @@ if [ "$code" -gt 128 ] && [ "$SWEEPER_DEATHS" -lt 5 ]; then
   export SWEEPER_DEATHS
   exec bash "$0"
 fi
-[ -z "$SWEEPER_NODES_DIR" ] || rm -rf "$SWEEPER_NODES_DIR"
+[ "${SWEEPER_NODES%:*}" != "$$" ] || rm -rf "$SWEEPER_NODES_DIR"  # of this script, not of a job it was submitted from
 exit "$code"
 """
 """The end of the sbatch file. It is outside of any container, so that `scontrol` is there."""

@@ -731,3 +731,17 @@ def test_a_worker_that_is_killed_is_started_again_unless_it_dies_at_once(job: An
     assert job(137, 137, 0) == (0, [])
     assert job(*[137] * 9) == (137, [])
     assert job(78) == (78, [])
+
+
+def test_the_end_of_a_script_removes_orders_of_its_own_only(tmp_path: Path) -> None:
+    """A job that is submitted from another job inherits that one's variables."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    inherited = {"SWEEPER_NODES_DIR": str(theirs), "SWEEPER_NODES": "1:1"}
+    ours = f'export SWEEPER_NODES_DIR={tmp_path}/ours SWEEPER_NODES="$$:1"; mkdir "$SWEEPER_NODES_DIR"\n'
+    for beginning in ("", ours):
+        script = f"{beginning}(exit 3)\n{launching.AFTERWARDS}"
+        done = subprocess.run(["bash", "-c", script], env={**os.environ, **inherited})
+        assert done.returncode == 3
+    assert theirs.is_dir()
+    assert not (tmp_path / "ours").exists()
