@@ -94,9 +94,13 @@ def decide_farewell(end: End) -> Farewell:
 
 
 def decide_catching_up(*, next_step: int, start_step: int) -> str:
-    """What is done about the rows between where W&B ends and where the training goes on, in words."""
-    if next_step <= start_step:
-        return f"W&B has rows up to step {next_step - 1}: those up to step {start_step} are sent again from metrics.jsonl"
+    """What is done about the rows between where W&B ends and where the training goes on, in words.
+
+    Nothing is said of the last one: it is held back at the end of an attempt, for it may not be complete.
+    """
+    if next_step < start_step:
+        has = f"has rows up to step {next_step - 1}" if next_step > 0 else "has no rows yet"
+        return f"W&B {has}: those up to step {start_step} are sent again from metrics.jsonl"
     if next_step > start_step + 1:
         return f"W&B has rows up to step {next_step - 1} already: they are not sent again"
     return ""
@@ -248,7 +252,7 @@ class WandbClient:
         text = " ".join(str(error).split())[:300]
         return (
             f"W&B run {begin.wandb_run_id} is logged offline ({text}). "
-            "Check the key, the access to the project and the network."
+            f"Check the key, the access to the project and the network; {SYNC} then."
         )
 
 

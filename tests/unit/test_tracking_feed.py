@@ -16,7 +16,13 @@ from sweeper.tracking.messages import Begin, Close, End, decode, encode
 from sweeper.tracking.metrics import Row
 from sweeper.tracking.sinks import REOPEN_S, Feed
 from sweeper.tracking.tensorboard_sink import event_dir
-from sweeper.tracking.wandb_sink import Farewell, decide_farewell, decide_identity, decide_mode
+from sweeper.tracking.wandb_sink import (
+    Farewell,
+    decide_catching_up,
+    decide_farewell,
+    decide_identity,
+    decide_mode,
+)
 
 
 def begin(**changes: Any) -> Begin:
@@ -304,3 +310,17 @@ def test_the_rows_of_a_newer_owner_are_not_followed(feeding: Callable[..., Feedi
     it.feed.pump()
     assert [step for step, _ in sink.rows] == [1]
     assert sink.ending == "abandoned"
+
+
+@pytest.mark.parametrize(
+    ("next_step", "said"),
+    [
+        (0, "W&B has no rows yet: those up to step 20 are sent again from metrics.jsonl"),
+        (11, "W&B has rows up to step 10: those up to step 20 are sent again from metrics.jsonl"),
+        (20, ""),  # the last row was held back
+        (21, ""),
+        (31, "W&B has rows up to step 30 already: they are not sent again"),
+    ],
+)
+def test_what_is_said_of_rows_that_wandb_lacks_or_has(next_step: int, said: str) -> None:
+    assert decide_catching_up(next_step=next_step, start_step=20) == said
