@@ -278,6 +278,20 @@ def test_a_sink_that_fails_again_is_opened_a_minute_later(feeding: Callable[...,
     assert len(it.warnings) == 2
 
 
+def test_a_sink_that_failed_is_not_opened_again_under_a_newer_owner(feeding: Callable[..., Feeding]) -> None:
+    never = FakeSink()
+    it = feeding(FakeSink(fails_at=1), FakeSink(fails_at=1), never)
+    for step in (1, 2):
+        it.log.write(step, {"loss": 1})
+    it.feed.pump()
+    it.is_ours = False
+    it.now_s += REOPEN_S
+    it.feed.pump()
+    it.feed.end(end())
+    assert it.waiting == [never]
+    assert never.seen == []
+
+
 def test_a_sink_that_cannot_be_opened_is_a_warning(feeding: Callable[..., Feeding]) -> None:
     it = feeding(OSError("disk full"))
     it.log.write(1, {"loss": 1})
