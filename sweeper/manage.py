@@ -10,10 +10,10 @@ from sweeper.database import upgrade_schema
 from sweeper.errors import EXIT_OK, SweeperError
 from sweeper.records import Claim, Ending, ProcessId, Run
 from sweeper.report.hints import next_command
+from sweeper.settling import settle
 from sweeper.states import INCOMPLETE, Outcome, State
 from sweeper.store import Store
 from sweeper.trainer.run import in_attempt
-from sweeper.worker import settle
 
 _CLAIM_TRIES = 50
 

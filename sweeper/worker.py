@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,10 @@ from sweeper.mirror.mirror import Mirror
 from sweeper.observer import Observer, proof_of_death
 from sweeper.records import Claim, Ending, Lease, Run, Sweep
 from sweeper.recovery import Action, Decision
-from sweeper.rundir import Damaged, Identity, new_wandb_id
+from sweeper.rundir import Damaged, Identity
 from sweeper.search import Search
-from sweeper.states import FAILURES, INCOMPLETE, Outcome, State
+from sweeper.settling import check_data_dir, close, now_text, settle, supersede, tidy, tidy_final
+from sweeper.states import FAILURES, Outcome, State
 from sweeper.stopping import StopFlag
 from sweeper.store import Store
 from sweeper.supervisor import LeaseTimes, Supervisor
@@ -218,7 +218,11 @@ class Worker:
             self._record_end(lease, run_dir)
         decision = self._on_claim(claim, lease, run_dir)
         rundir.write_marker(
-            run_dir, attempt=run.attempts, lease_epoch=lease.lease_epoch, owner=self._me, started_at=_now()
+            run_dir,
+            attempt=run.attempts,
+            lease_epoch=lease.lease_epoch,
+            owner=self._me,
+            started_at=now_text(),
         )
         if decision.action is Action.ADOPT:
             self._adopt(run, lease, run_dir, decision)
@@ -271,7 +275,7 @@ class Worker:
         identity = Identity(
             run_id=run.run_id, sweep=self._sweep.name, number=run.number, trial=run.trial, params=run.params,
             seed=run.seed, threads=run.threads, wandb_run_id=run.wandb_run_id, config_digest=manifests.digest(config),
-            code_version=__version__, created_at=_now(), replaces=run.replaces, retry_of=run.retry_of,
+            code_version=__version__, created_at=now_text(), replaces=run.replaces, retry_of=run.retry_of,
         )  # fmt: skip
         rundir.create(run_dir, identity, config=config, overrides=rundir.overrides_yaml(run.params))
         return identity
@@ -457,130 +461,6 @@ class Worker:
                 self._refusal = str(event["text"])
 
 
-# --- acts that crashes may interrupt anywhere ------------------------------------------------
-
-
-def settle(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
-    """Make a run's final state durable: result.json → database → marker, in this order."""
-    store.check(lease)
-    # HAZARD: the last checkpoint of the run may be on its way to W&B.
-    tidy(run_dir, lease, is_tracked=True)
-    rundir.write_result(
-        run_dir, lease_epoch=lease.lease_epoch, state=str(state), value=ending.value,
-        reason=ending.reason, outcome=str(ending.outcome), finished_at=_now(),
-    )  # fmt: skip
-    close(store, lease, run_dir, state, ending)
-
-
-def close(store: Store, lease: Lease, run_dir: Path, state: State, ending: Ending) -> None:
-    """The rest of `settle`, once result.json is durable; also of one that a crash cut short."""
-    root = run_dir / rundir.CHECKPOINTS_DIR
-    if steps := checkpoints.steps_on_disk(root):
-        checkpoints.write_stages(root, stage="train", state=str(state), step=steps[0][0])
-    store.settle(lease, state, ending)
-    rundir.remove_marker(run_dir)
-
-
-def tidy(run_dir: Path, lease: Lease, *, is_tracked: bool = False) -> None:
-    """Remove what attempts up to this one left unfinished: temporary files, partial checkpoints, trash."""
-    rundir.clean(run_dir, is_tracked=is_tracked)
-    checkpoints.clean(run_dir / rundir.CHECKPOINTS_DIR, lease_epoch=lease.lease_epoch + 1)
-
-
-def supersede(
-    store: Store,
-    sweep: Sweep,
-    run: Run,
-    lease: Lease,
-    ending: Ending,
-    *,
-    data_dir: Path,
-    create: Any,
-    owner: Any,
-    worker: str,
-) -> Claim:
-    """Start a fresh run in place of one that cannot go on.
-
-    New number → new directory and marker durable → one transaction → old result → old marker.
-    """
-    store.check(lease)  # an owner that was overtaken leaves no directory that nobody will adopt
-    fresh = _unadopted(store, sweep, run, data_dir) or _fresh_run(store, sweep, run)
-    fresh_dir = data_dir / fresh.path
-    create(fresh, fresh_dir)
-    rundir.write_marker(fresh_dir, attempt=1, lease_epoch=fresh.lease_epoch, owner=owner, started_at=_now())
-    claim = store.supersede(lease, ending, fresh, owner=owner, worker=worker)
-    run_dir = data_dir / run.path
-    tidy(run_dir, lease)
-    close_superseded(run_dir, lease_epoch=lease.lease_epoch, by=fresh.run_id, reason=ending.reason)
-    return claim
-
-
-def close_superseded(run_dir: Path, *, lease_epoch: int, by: str | None, reason: str) -> None:
-    """Result and marker of a superseded run, once the database knows."""
-    rundir.write_result(
-        run_dir, lease_epoch=lease_epoch, state=str(State.SUPERSEDED), value=None, reason=reason, by=by
-    )
-    rundir.remove_marker(run_dir)
-
-
-def _fresh_run(store: Store, sweep: Sweep, run: Run) -> Run:
-    number = store.reserve_number(sweep.sweep_id)
-    run_id = rundir.run_id(sweep.name, number)
-    return replace(
-        run, run_id=run_id, number=number, path=rundir.relative_path(sweep.name, number), wandb_run_id=new_wandb_id(run_id),
-        state=State.RUNNING, lease_epoch=1, attempts=1, global_step=0, checkpoint_step=None, replaces=run.run_id,
-    )  # fmt: skip
-
-
-def _unadopted(store: Store, sweep: Sweep, run: Run, data_dir: Path) -> Run | None:
-    """A directory that an earlier superseder of this run made durable but never put in the database."""
-    known = {other.run_id for other in store.runs(sweep.sweep_id)}
-    for directory in rundir.run_dirs(data_dir, sweep.name):
-        if directory.name in known:
-            continue
-        try:
-            identity = rundir.read_identity(directory)
-        except (FileNotFoundError, Damaged):
-            continue
-        if identity.replaces == run.run_id and identity.params == run.params:
-            return replace(
-                run, run_id=identity.run_id, number=identity.number, path=rundir.relative_path(sweep.name, identity.number),
-                wandb_run_id=identity.wandb_run_id, state=State.RUNNING, lease_epoch=rundir.largest_epoch(directory) + 1,
-                attempts=1, global_step=0, checkpoint_step=None, replaces=run.run_id,
-            )  # fmt: skip
-    return None
-
-
-def check_data_dir(store: Store, sweep: Sweep, data_dir: Path) -> None:
-    """Raise ConfigError when the database tells of checkpoints and results, and none of them is here."""
-    if next(rundir.run_dirs(data_dir, sweep.name), None) is not None:
-        return
-    missing = [run for run in store.runs(sweep.sweep_id) if run.checkpoint_step is not None]
-    if missing:
-        raise ConfigError(
-            f"{data_dir} holds no run of sweep {sweep.name!r}, though the database knows of {len(missing)} with checkpoints",
-            why="it is another data directory, or its disk is not mounted",
-            do="Name the right one with data_dir= or --data-dir; nothing was changed.",
-        )
-
-
-def tidy_final(store: Store, sweep: Sweep, data_dir: Path) -> None:
-    """Remove markers that outlived their finished run, and close superseded runs half closed."""
-    for run in store.runs(sweep.sweep_id, [state for state in State if state not in INCOMPLETE]):
-        run_dir = data_dir / run.path
-        if not rundir.marker_path(run_dir).exists():
-            continue
-        log(f"[RESUME] {run.run_id} is {run.state}; its marker had outlived it and is removed")
-        tidy(run_dir, Lease(run.run_id, run.lease_epoch, ""))
-        if run.state is State.SUPERSEDED and not (run_dir / rundir.RESULT_FILE).exists():
-            by = next(
-                (other.run_id for other in store.runs(sweep.sweep_id) if other.replaces == run.run_id), None
-            )
-            close_superseded(run_dir, lease_epoch=run.lease_epoch, by=by, reason="superseded")
-        else:
-            rundir.remove_marker(run_dir)
-
-
 def _outcome_of(state: State) -> Outcome:
     return Outcome(str(state)) if str(state) in set(Outcome) else Outcome.CRASHED
 
@@ -598,10 +478,6 @@ def _sentence(run: Run, ending: Ending, decision: Decision) -> str:
 
 def _has_pruner(config: Mapping[str, Any] | None) -> bool:
     return config is not None and not str(config["_target_"]).endswith(".NopPruner")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # --- the process -----------------------------------------------------------------------------
@@ -645,7 +521,7 @@ def _work(
     generations.check_token(
         MirrorSettings.from_config(found.config.get("mirror")).url, sweep, data_dir=data_dir
     )
-    tidy_final(store, found, data_dir)
+    tidy_final(store, found, data_dir, say=log)
     worker = Worker(
         store,
         found,

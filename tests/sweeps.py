@@ -142,9 +142,9 @@ def take_over(store: Store, run: Run, *, worker: str = "w:1") -> Claim:
 
 def supersede(store: Store, sweep: Sweep, claim: Claim, ending: Ending = CRASHED) -> Claim:
     """Let a fresh run of the same trial take the run's place in the database."""
-    from sweeper.worker import _fresh_run
+    from sweeper.settling import fresh_run
 
-    fresh = _fresh_run(store, sweep, claim.run)
+    fresh = fresh_run(store, sweep, claim.run)
     return store.supersede(claim.lease, ending, fresh, owner=processes.identify(), worker="w:0")
 
 

@@ -426,10 +426,10 @@ def start(
     template: Template | None = None,
 ) -> int:
     """Start workers for what is left of a sweep; follow them, unless they are SLURM's. Returns the exit code."""
-    from sweeper.worker import check_data_dir, tidy_final
+    from sweeper.settling import check_data_dir, tidy_final
 
     check_data_dir(store, sweep, data_dir)
-    tidy_final(store, sweep, data_dir)
+    tidy_final(store, sweep, data_dir, say=lambda text: print(text, file=sys.stderr))
     left, incomplete = store.count_left(sweep.sweep_id)
     store.close()
     flags = flags or Flags()

@@ -13,9 +13,9 @@ from crash import mini
 from crash.mini import KillAt, Place, final, finish, kind_of
 
 from sweeper.errors import EXIT_CONFIG, ConfigError, SweeperError
+from sweeper.settling import check_data_dir
 from sweeper.store import Store
 from sweeper.trainer.main import _is_disk_fault, find_function
-from sweeper.worker import check_data_dir
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sweeps
 
-from sweeper import checkpoints, manifests, processes, rebuild, restored, rundir, worker
+from sweeper import checkpoints, manifests, processes, rebuild, restored, rundir, settling
 from sweeper.checkpoints import void
 from sweeper.config import to_yaml
 from sweeper.database import database_path
@@ -61,13 +61,13 @@ class World:
 
     def settle(self, claim: Claim, state: State, outcome: Outcome, value: float | None = None) -> None:
         ending = Ending(outcome, "so", value=value)
-        worker.settle(self.store, claim.lease, self.data_dir / claim.run.path, state, ending)
+        settling.settle(self.store, claim.lease, self.data_dir / claim.run.path, state, ending)
 
     def complete(self, claim: Claim, value: float) -> None:
         self.settle(claim, State.COMPLETED, Outcome.COMPLETED, value)
 
     def supersede(self, sweep: Sweep, claim: Claim) -> Claim:
-        return worker.supersede(
+        return settling.supersede(
             self.store, sweep, claim.run, claim.lease, sweeps.CRASHED, data_dir=self.data_dir,
             create=lambda run, run_dir: sweeps.create_directory(sweep, run, self.data_dir),
             owner=DEAD, worker="w:0",
@@ -211,7 +211,7 @@ def test_a_fresh_directory_that_never_took_over_does_not_unfinish_its_trial(worl
     """A superseder died after making the directory; then the old run was resumed and completed."""
     sweep = sweeps.make(world.store)
     claim = world.draw(sweep, steps=(5,))
-    fresh = worker._fresh_run(world.store, sweep, claim.run)
+    fresh = settling.fresh_run(world.store, sweep, claim.run)
     sweeps.create_directory(sweep, fresh, world.data_dir)
     world.complete(claim, 0.5)
     _, store = world.rebuild()

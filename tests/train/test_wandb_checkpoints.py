@@ -36,6 +36,7 @@ from sweeper.tracking.messages import Begin
 from sweeper.tracking.wandb_checkpoints import CheckpointUploader, Version, best_value, decide_removal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from wandb_client import own_client
 from wandb_server import API_KEY, WandbServer
 
 RUN_ID = "s.r.00001"
@@ -133,25 +134,9 @@ def commit(
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings of the person who runs these tests, and a service of W&B's for each test."""
-    import wandb
-
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "HOME": str(tmp_path),
-        "NETRC": str(tmp_path / "netrc"),
-        "WANDB_API_KEY": API_KEY,
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_DATA_DIR": str(tmp_path / "data"),
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_SILENT": "true",
-        "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    wandb.teardown()
-    yield
-    wandb.teardown()
+    """As `own_client`."""
+    with own_client(tmp_path, monkeypatch):
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from wandb_client import own_client
 from wandb_server import API_KEY, Apart, WandbServer
 
 pytestmark = pytest.mark.slow
@@ -29,25 +30,9 @@ Init = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings of the person who runs these tests, and a service of W&B's for each test."""
-    import wandb
-
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "HOME": str(tmp_path),
-        "NETRC": str(tmp_path / "netrc"),
-        "WANDB_API_KEY": API_KEY,
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_DATA_DIR": str(tmp_path / "data"),
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_SILENT": "true",
-        "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    wandb.teardown()
-    yield
-    wandb.teardown()
+    """As `own_client`."""
+    with own_client(tmp_path, monkeypatch):
+        yield
 
 
 @pytest.fixture
